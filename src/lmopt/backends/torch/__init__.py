@@ -1,0 +1,1 @@
+"""PyTorch: eager execution, and export from it."""

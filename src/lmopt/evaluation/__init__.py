@@ -1,0 +1,1 @@
+"""Measures of quality, parity, speed and memory."""

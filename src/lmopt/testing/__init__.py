@@ -1,0 +1,1 @@
+"""Conformance kit for backends, tiny seeded models, and the table of tolerances."""

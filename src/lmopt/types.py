@@ -1,0 +1,61 @@
+"""Array aliases, dtype names and tensor descriptions shared by every room."""
+
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray: TypeAlias = NDArray[np.int64]
+FloatArray: TypeAlias = NDArray[np.float32]
+AnyArray: TypeAlias = NDArray[Any]
+
+# One spelling per axis, the field's own, used in ONNX files and manifests alike.
+BATCH: Final = "batch_size"
+SEQUENCE: Final = "sequence_length"
+PAST: Final = "past_sequence_length"
+TOTAL: Final = "total_sequence_length"
+
+DTYPE_BYTES: Final[dict[str, int]] = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, element type and shape of one input or output.
+
+    Attributes:
+        name: Name in the graph, such as `past_key_values.0.key`.
+        dtype: NumPy-style name: `"float32"`, `"int64"`, `"bfloat16"`.
+        shape: One entry an axis: a size, or the name of a dynamic axis.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What every layer above an engine must know of the model that it runs.
+
+    Attributes:
+        vocab_size: Size of the last axis of the logits; valid ids are `0 .. vocab_size - 1`.
+        context_length: Most positions the model was built for; `None` where it has no limit.
+        parameters: Number of distinct weights, 0 where unknown.
+        architecture: Class name of the model, for people; nothing may branch on it.
+    """
+
+    vocab_size: int
+    context_length: int | None = None
+    parameters: int = 0
+    architecture: str = ""
