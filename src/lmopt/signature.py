@@ -1,0 +1,284 @@
+"""The field's names for a decoder's inputs and outputs, and its state as plain arrays.
+
+Any engine that runs an exported graph needs the same bookkeeping: which input is a mask, which
+outputs become the next call's past, where padding goes, how rows are kept or reordered. It stands
+here once, on NumPy arrays, for the built-in engines and for strangers.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lmopt.contracts import PaddingSide
+from lmopt.errors import CorruptArtifactError, ShapeError, TokenIdError
+from lmopt.types import BATCH, PAST, AnyArray, FloatArray, IntArray, TensorSpec
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+POSITION_IDS = "position_ids"
+LOGITS = "logits"
+
+_KEY_VALUE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_PLAIN = re.compile(r"past_state\.(.+)")
+
+
+def present_name(past: str) -> str:
+    """Give the output that becomes the input `past` of the next call.
+
+    >>> present_name("past_key_values.3.key"), present_name("past_state.0")
+    ('present.3.key', 'present_state.0')
+    """
+    if match := _KEY_VALUE.fullmatch(past):
+        return f"present.{match[1]}.{match[2]}"
+    if match := _PLAIN.fullmatch(past):
+        return f"present_state.{match[1]}"
+    raise CorruptArtifactError(
+        f"graph input {past!r} is neither one of input_ids, attention_mask, position_ids nor a past "
+        "state named past_key_values.<layer>.key|value or past_state.<name>"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One tensor of the state: the input it enters by and the output it leaves by.
+
+    Attributes:
+        past: Spec of the input; symbolic axes are `batch_size` and, if it grows,
+            `past_sequence_length`.
+        present: Name of the output.
+        batch_axis: Axis of the rows.
+        past_axis: Axis that grows by one a token, `None` for a state of fixed size.
+    """
+
+    past: TensorSpec
+    present: str
+    batch_axis: int
+    past_axis: int | None
+
+    def empty(self, batch: int) -> AnyArray:
+        """Make the tensor that `batch` rows start from: zeros, of length 0 along `past_axis`."""
+        sizes = {BATCH: batch, PAST: 0}
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in self.past.shape]
+        return np.zeros(shape, self.past.dtype)
+
+
+@dataclass(slots=True)
+class ArrayState:
+    """State of a batch as arrays, or as whatever array-like values an engine keeps.
+
+    Attributes:
+        tensors: Input name to value.
+        mask: `(batch, past)` int64, 1 where a slot of the past holds a token of the row.
+        lengths: `(batch,)` int64, tokens that each row has read.
+        padding_side: Where padding is laid when rows are unequal.
+    """
+
+    tensors: dict[str, Any]
+    mask: IntArray
+    lengths: IntArray
+    padding_side: PaddingSide = "right"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call of a graph, laid out.
+
+    Attributes:
+        feeds: Input name to array, without the state's tensors.
+        mask: Mask after the call.
+        lengths: Lengths after the call.
+        new: `(batch,)` int64 number of new tokens in each row.
+    """
+
+    feeds: Mapping[str, AnyArray]
+    mask: IntArray
+    lengths: IntArray
+    new: IntArray
+    padding_side: PaddingSide
+
+    def align(self, logits: FloatArray, *, last_only: bool) -> FloatArray:
+        """Bring the graph's logits to the caller's layout (rows start at column 0).
+
+        Args:
+            logits: `(batch, sequence, vocab_size)`, as laid out in `feeds`.
+            last_only: Keep only what follows each row's last new token.
+        """
+        rows = np.arange(len(self.new))
+        width = logits.shape[1]
+        shift = width - self.new if self.padding_side == "left" else np.zeros_like(self.new)
+        if last_only:
+            return logits[rows, shift + self.new - 1][:, None]
+        if not shift.any():
+            return logits
+        columns = np.minimum(np.arange(width)[None] + shift[:, None], width - 1)
+        return logits[rows[:, None], columns]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Roles of a graph's inputs and outputs.
+
+    Attributes:
+        state: State tensors in the graph's order.
+        has_mask: Whether the graph takes `attention_mask`: only then can rows be unequal.
+        has_positions: Whether it takes `position_ids`.
+        vocab_size: Last axis of the logits.
+    """
+
+    state: tuple[StateTensor, ...]
+    has_mask: bool
+    has_positions: bool
+    vocab_size: int
+    names: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def from_graph(cls, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> "Signature":
+        """Read the roles off names and symbolic axes.
+
+        Raises:
+            CorruptArtifactError: A name or an axis is not one that a decoder graph has.
+        """
+        plain = {INPUT_IDS, ATTENTION_MASK, POSITION_IDS}
+        by_name = {spec.name: spec for spec in outputs}
+        names = {spec.name for spec in inputs}
+        if INPUT_IDS not in names or LOGITS not in by_name:
+            raise CorruptArtifactError(
+                f"the graph has inputs {sorted(names)} and outputs {sorted(by_name)}; a decoder has the "
+                f"input {INPUT_IDS!r} and the output {LOGITS!r}"
+            )
+        vocab_size = by_name[LOGITS].shape[-1]
+        if not isinstance(vocab_size, int):
+            raise CorruptArtifactError(f"the last axis of {LOGITS!r} is {vocab_size!r}; it must be a number")
+        state = tuple(_state_tensor(spec, by_name) for spec in inputs if spec.name not in plain)
+        return cls(
+            state, ATTENTION_MASK in names, POSITION_IDS in names, vocab_size, tuple(s.name for s in inputs)
+        )
+
+    def begin(self, batch: int, padding_side: PaddingSide = "right") -> ArrayState:
+        """Make the empty state of `batch` rows."""
+        return ArrayState(
+            {one.past.name: one.empty(batch) for one in self.state},
+            np.zeros((batch, 0), np.int64),
+            np.zeros(batch, np.int64),
+            padding_side,
+        )
+
+    def step(self, input_ids: IntArray, lengths: IntArray, state: ArrayState) -> Step:
+        """Lay out one call of the graph.
+
+        Args:
+            input_ids: `(batch, sequence)` int64, rows start at column 0.
+            lengths: `(batch,)` int64 new tokens in each row.
+            state: State before the call; not changed.
+
+        Raises:
+            ShapeError: Batch, lengths and state do not fit together.
+            TokenIdError: An id lies outside the vocabulary.
+        """
+        input_ids = np.asarray(input_ids, np.int64)
+        new = np.asarray(lengths, np.int64)
+        check_step(input_ids, new, state.lengths, self.vocab_size, ragged=self.has_mask)
+        width = input_ids.shape[1]
+        column = np.arange(width)[None]
+        if state.padding_side == "left" and (new < width).any():
+            source = column - (width - new)[:, None]
+            valid = source >= 0
+            input_ids = np.take_along_axis(input_ids, np.maximum(source, 0), axis=1)
+            position = state.lengths[:, None] + np.maximum(source, 0)
+        else:
+            valid = column < new[:, None]
+            position = state.lengths[:, None] + np.minimum(column, new[:, None] - 1)
+        mask = np.concatenate([state.mask, valid.astype(np.int64)], axis=1)
+        # A padding id may be anything in the caller's array; 0 is in every vocabulary.
+        feeds: dict[str, AnyArray] = {INPUT_IDS: np.where(valid, input_ids, 0)}
+        if self.has_mask:
+            feeds[ATTENTION_MASK] = mask
+        if self.has_positions:
+            feeds[POSITION_IDS] = position
+        return Step(feeds, mask, state.lengths + new, new, state.padding_side)
+
+    def select(self, state: ArrayState, rows: IntArray) -> ArrayState:
+        """Keep, drop, reorder or repeat rows of a state of NumPy arrays."""
+        rows = np.asarray(rows, np.int64)
+        tensors = {
+            one.past.name: np.take(state.tensors[one.past.name], rows, axis=one.batch_axis)
+            for one in self.state
+        }
+        return ArrayState(tensors, state.mask[rows], state.lengths[rows], state.padding_side)
+
+    def join(self, states: Sequence[ArrayState]) -> ArrayState:
+        """Put the rows of several states of NumPy arrays into one, padding shorter pasts at the left."""
+        longest = max(one.mask.shape[1] for one in states)
+        pads = [longest - one.mask.shape[1] for one in states]
+        if any(pads) and not self.has_mask and any(one.past_axis is not None for one in self.state):
+            raise ShapeError("rows of unequal length cannot share a growing state without an attention mask")
+        tensors = {}
+        for one in self.state:
+            parts = [state.tensors[one.past.name] for state in states]
+            if one.past_axis is not None:
+                parts = [_pad_left(part, one.past_axis, pad) for part, pad in zip(parts, pads, strict=True)]
+            tensors[one.past.name] = np.concatenate(parts, axis=one.batch_axis)
+        mask = np.concatenate([_pad_left(one.mask, 1, pad) for one, pad in zip(states, pads, strict=True)])
+        lengths = np.concatenate([one.lengths for one in states])
+        return ArrayState(tensors, mask, lengths, states[0].padding_side)
+
+
+def check_step(
+    input_ids: IntArray, new: IntArray, read: IntArray, vocab_size: int, *, ragged: bool = True
+) -> None:
+    """Refuse input that does not fit before an engine sees it.
+
+    Args:
+        input_ids: `(batch, sequence)` ids.
+        new: `(batch,)` new tokens in each row.
+        read: `(batch,)` tokens that the state has read.
+        vocab_size: Ids must lie in `0 .. vocab_size - 1`.
+        ragged: Whether rows may be unequal.
+
+    Raises:
+        ShapeError: Axes or sizes do not fit.
+        TokenIdError: An id that is not padding lies outside the vocabulary.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ShapeError(
+            f"input_ids has shape {input_ids.shape}; expected (batch, sequence), both at least 1"
+        )
+    batch, width = input_ids.shape
+    if new.shape != (batch,) or read.shape != (batch,):
+        raise ShapeError(
+            f"input_ids has {batch} rows, lengths has shape {new.shape}, the state has {len(read)} rows; "
+            "all three must agree"
+        )
+    if new.min() < 1 or new.max() > width:
+        raise ShapeError(f"lengths are {new.tolist()}; each must be between 1 and {width}")
+    if not ragged and new.min() != width:
+        raise ShapeError(f"lengths are {new.tolist()}; this model has no mask, so each must be {width}")
+    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+        valid = np.arange(width)[None] < new[:, None]
+        bad = input_ids[valid & ((input_ids < 0) | (input_ids >= vocab_size))]
+        if bad.size:
+            raise TokenIdError(f"token id {int(bad[0])} is outside the vocabulary 0..{vocab_size - 1}")
+
+
+def _pad_left(array: AnyArray, axis: int, pad: int) -> AnyArray:
+    if not pad:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (pad, 0)
+    return np.pad(array, widths)
+
+
+def _state_tensor(spec: TensorSpec, outputs: Mapping[str, TensorSpec]) -> StateTensor:
+    present = present_name(spec.name)
+    if present not in outputs:
+        raise CorruptArtifactError(f"the graph takes {spec.name!r} but does not return {present!r}")
+    axes = [axis for axis in spec.shape if isinstance(axis, str)]
+    if BATCH not in axes or set(axes) - {BATCH, PAST}:
+        raise CorruptArtifactError(
+            f"{spec.name!r} has dynamic axes {axes}; expected {BATCH!r} and, if it grows, {PAST!r}"
+        )
+    past_axis = spec.shape.index(PAST) if PAST in axes else None
+    return StateTensor(spec, present, spec.shape.index(BATCH), past_axis)
