@@ -106,6 +106,10 @@ class UnsafeArtifactError(ArtifactError, PermissionError):
     """Reading would run code or leave the model folder; see the message for the explicit grant."""
 
 
+class DownloadError(LmoptError, OSError):
+    """A file could not be fetched; the message says how to do without it."""
+
+
 class DiskFullError(LmoptError, OSError):
     """The disk cannot hold the artefact; nothing was left at the target path."""
 
@@ -139,3 +143,7 @@ class ParityError(LmoptError, ArithmeticError):
     def __init__(self, message: str, report: object | None = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class ConformanceError(LmoptError, AssertionError):
+    """A backend breaks a rule of `lmopt.contracts`; raised by `lmopt.testing`."""

@@ -51,7 +51,16 @@ class Registry(Generic[Spec]):
         self._registered: dict[str, Spec] = {}
 
     def register(self, spec: Spec) -> None:
-        """Add a plug-in to this process only, for notebooks and tests; the last one wins."""
+        """Add a plug-in to this process only, for notebooks and tests; the last one wins.
+
+        Raises:
+            BrokenPluginError: The spec was written for other contracts.
+        """
+        if spec.api != API_VERSION:
+            raise BrokenPluginError(
+                f"{self.kind} {spec.name!r} was written for version {spec.api} of lmopt's contracts; this lmopt "
+                f"has version {API_VERSION}"
+            )
         self._registered[spec.name] = spec
 
     def unregister(self, name: str) -> None:
@@ -121,14 +130,14 @@ class Registry(Generic[Spec]):
 
     def status(self) -> list[PluginStatus[Spec]]:
         """Examine every plug-in; one that is broken does not hide the others."""
-        found = []
+        found: list[PluginStatus[Spec]] = []
         for name in self.names():
             owners = {ep.dist.name for ep in entry_points(group=self.group, name=name) if ep.dist}
             owner = "" if name in self._registered else ", ".join(sorted(owners))
             try:
                 spec = self.spec(name)
             except (AmbiguousPluginError, BrokenPluginError) as error:
-                found.append(PluginStatus[Spec](name, owner, None, str(error)))
+                found.append(PluginStatus(name, owner, None, str(error)))
                 continue
             missing = [need for need in spec.requires if not need.is_met()]
             problem = self._missing_message(name, missing) if missing else ""

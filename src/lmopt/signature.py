@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lmopt.contracts import PaddingSide
-from lmopt.errors import CorruptArtifactError, ShapeError, TokenIdError
+from lmopt.errors import CorruptArtifactError, DtypeError, ShapeError, TokenIdError
 from lmopt.types import BATCH, PAST, AnyArray, FloatArray, IntArray, TensorSpec
 
 INPUT_IDS = "input_ids"
@@ -110,11 +110,13 @@ class Step:
         width = logits.shape[1]
         shift = width - self.new if self.padding_side == "left" else np.zeros_like(self.new)
         if last_only:
-            return logits[rows, shift + self.new - 1][:, None]
+            last: FloatArray = logits[rows, shift + self.new - 1][:, None]
+            return last
         if not shift.any():
             return logits
         columns = np.minimum(np.arange(width)[None] + shift[:, None], width - 1)
-        return logits[rows[:, None], columns]
+        moved: FloatArray = logits[rows[:, None], columns]
+        return moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,11 +177,12 @@ class Signature:
             state: State before the call; not changed.
 
         Raises:
+            DtypeError: Ids or lengths are not whole numbers.
             ShapeError: Batch, lengths and state do not fit together.
             TokenIdError: An id lies outside the vocabulary.
         """
-        input_ids = np.asarray(input_ids, np.int64)
-        new = np.asarray(lengths, np.int64)
+        input_ids = whole_numbers(input_ids, "input_ids")
+        new = whole_numbers(lengths, "lengths")
         check_step(input_ids, new, state.lengths, self.vocab_size, ragged=self.has_mask)
         width = input_ids.shape[1]
         column = np.arange(width)[None]
@@ -224,6 +227,18 @@ class Signature:
         mask = np.concatenate([_pad_left(one.mask, 1, pad) for one, pad in zip(states, pads, strict=True)])
         lengths = np.concatenate([one.lengths for one in states])
         return ArrayState(tensors, mask, lengths, states[0].padding_side)
+
+
+def whole_numbers(values: object, what: str) -> IntArray:
+    """Give values as int64, refusing fractions, truth values and text.
+
+    Raises:
+        DtypeError: The values are of another kind.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu":
+        raise DtypeError(f"{what} has dtype {array.dtype}; expected whole numbers (int64)")
+    return array.astype(np.int64, copy=False)
 
 
 def check_step(

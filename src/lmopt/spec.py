@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from typing import Final
 
+from lmopt.errors import UnsupportedError
+
 API_VERSION: Final = 1
 """Version of the contracts in `lmopt.contracts`; a spec states the one that it was written for."""
 
@@ -51,7 +53,8 @@ class Capabilities:
         devices: Device names: `"cpu"`, `"cuda"`, ...; `"cuda:1"` is covered by `"cuda"`.
         dtypes: Compute types it can honour.
         features: Optional abilities; each is a Protocol in `lmopt.contracts` or a word that the
-            conformance kit tests: `"taps"` (intermediate values), `"threads"` (a thread count).
+            conformance kit tests: `"taps"` (intermediate values), `"threads"` (a thread count),
+            `"trust"` (a format that runs code, opened only with the option `trust=True`).
     """
 
     formats: tuple[str, ...]
@@ -79,6 +82,16 @@ class BackendSpec:
     requires: tuple[Requirement, ...] = ()
     api: int = API_VERSION
     description: str = ""
+
+    def require(self, *, device: str, dtype: str) -> None:
+        """Refuse a device or compute type that is not declared; engines call this first.
+
+        Raises:
+            UnsupportedError: With every reason.
+        """
+        support = self.supports(formats=self.can.formats, device=device, dtype=dtype)
+        if not support.ok:
+            raise UnsupportedError(f"backend {self.name!r} cannot do this: {'; '.join(support.reasons)}")
 
     def supports(self, *, formats: tuple[str, ...], device: str, dtype: str) -> Support:
         """Say whether an artefact can run, with every reason against it.

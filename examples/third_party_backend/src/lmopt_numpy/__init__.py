@@ -1,0 +1,1 @@
+"""An lmopt backend in pure NumPy. Kept empty: lmopt imports the spec, which must stay light."""

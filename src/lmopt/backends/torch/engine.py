@@ -1,0 +1,189 @@
+"""Run any decoder in eager PyTorch."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmopt.backends.torch.language_model import Decoder, as_decoder
+from lmopt.backends.torch.spec import BACKEND
+from lmopt.contracts import EngineReport, EngineRequest, PaddingSide
+from lmopt.errors import ClosedError, DeviceError, InputError, ShapeError, UnsupportedOptionError
+from lmopt.platform import usable_cpus
+from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, ArrayState
+from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
+
+
+def open_engine(request: EngineRequest) -> "TorchEngine":
+    """Open a live module; see `lmopt.contracts.EngineFactory`."""
+    BACKEND.require(device=request.device, dtype=request.dtype)
+    if request.options:
+        raise UnsupportedOptionError(
+            f"backend 'torch' has no option {sorted(request.options)[0]!r}; it has none beyond "
+            "device, dtype and threads"
+        )
+    if request.module is None:
+        raise UnsupportedOptionError(
+            "backend 'torch' runs a live module; give lmopt.Runtime a model, not a file"
+        )
+    if request.threads is not None and request.threads < 1:
+        raise UnsupportedOptionError(f"threads is {request.threads}; expected at least 1")
+    device = torch.device(request.device)
+    if device.type == "cuda":
+        _check_cuda(request.device)
+    module: nn.Module = request.module
+    parameter = next(module.parameters(), torch.zeros(()))
+    dtype = parameter.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
+    if parameter.dtype != dtype or parameter.device != device:
+        # The caller's module stays as it is.
+        module = copy.deepcopy(module).to(device=device, dtype=dtype)
+    torch.set_num_threads(request.threads or min(torch.get_num_threads(), usable_cpus()))
+    return TorchEngine(as_decoder(module.eval()), request.facts, device, dtype)
+
+
+class TorchEngine:
+    """One module on one device; its state is a list of tensors."""
+
+    def __init__(self, decoder: Decoder, facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> None:
+        self.facts = facts
+        self._device = device
+        self._dtype = dtype
+        self._signature = decoder.signature
+        self._names = [one.past.name for one in decoder.signature.state]
+        self._decoder: Decoder | None = decoder
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows may be unequal: whether the module honours a mask."""
+        return self._signature.has_mask
+
+    def begin(
+        self, batch: int, *, capacity: int | None = None, padding_side: PaddingSide = "right"
+    ) -> ArrayState:
+        """Make the empty state of `batch` rows; the cache grows, so `capacity` has no use here."""
+        initial = self._open().initial_state(batch, self._device)
+        tensors = dict(zip(self._names, initial, strict=True))
+        return ArrayState(tensors, np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64), padding_side)
+
+    def forward(
+        self, input_ids: IntArray, lengths: IntArray, state: ArrayState, *, last_only: bool = False
+    ) -> tuple[FloatArray, ArrayState]:
+        """Read new tokens; see `lmopt.contracts.Engine.forward`."""
+        decoder = self._open()
+        step = self._signature.step(input_ids, lengths, state)
+        ids, mask, positions = (
+            torch.from_numpy(step.feeds[name]).to(self._device) if name in step.feeds else None
+            for name in (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)
+        )
+        assert ids is not None
+        with torch.inference_mode():
+            logits, present = decoder(ids, mask, positions, [state.tensors[name] for name in self._names])
+            aligned = step.align(logits.float().cpu().numpy(), last_only=last_only)
+        tensors = dict(zip(self._names, present, strict=True))
+        return aligned, ArrayState(tensors, step.mask, step.lengths, step.padding_side)
+
+    def select(self, state: ArrayState, rows: IntArray) -> ArrayState:
+        """Keep, drop, reorder or repeat rows."""
+        self._open()
+        rows = np.asarray(rows, np.int64)
+        index = torch.from_numpy(rows).to(self._device)
+        tensors = {
+            one.past.name: state.tensors[one.past.name].index_select(one.batch_axis, index)
+            for one in self._signature.state
+        }
+        return ArrayState(tensors, state.mask[rows], state.lengths[rows], state.padding_side)
+
+    def join(self, states: Sequence[ArrayState]) -> ArrayState:
+        """Put the rows of several states into one batch, padding shorter pasts at the left."""
+        self._open()
+        longest = max(one.mask.shape[1] for one in states)
+        pads = [longest - one.mask.shape[1] for one in states]
+        if any(pads) and not self.ragged and any(one.past_axis is not None for one in self._signature.state):
+            raise ShapeError("rows of unequal length cannot share a growing state without an attention mask")
+        tensors = {}
+        for one in self._signature.state:
+            parts = [state.tensors[one.past.name] for state in states]
+            if one.past_axis is not None:
+                parts = [_pad_left(part, one.past_axis, pad) for part, pad in zip(parts, pads, strict=True)]
+            tensors[one.past.name] = torch.cat(parts, dim=one.batch_axis)
+        masks = [np.pad(one.mask, ((0, 0), (pad, 0))) for one, pad in zip(states, pads, strict=True)]
+        lengths = np.concatenate([one.lengths for one in states])
+        return ArrayState(tensors, np.concatenate(masks), lengths, states[0].padding_side)
+
+    def report(self) -> EngineReport:
+        """Say where the module's weights are and what computes."""
+        module = self._open().module
+        weight = next(module.parameters(), torch.zeros(()))
+        return EngineReport(
+            backend="torch",
+            device=str(weight.device),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            versions={"torch": torch.__version__},
+            details={"module": type(module).__name__, "ragged": self.ragged},
+        )
+
+    def close(self) -> None:
+        """Let go of the module."""
+        self._decoder = None
+
+    def tap_names(self) -> list[str]:
+        """Paths of the modules that give a tensor, in the order in which they finish."""
+        return list(
+            self.taps(np.zeros((1, 2), np.int64), [n for n, _ in self._open().module.named_modules() if n])
+        )
+
+    def taps(self, input_ids: IntArray, names: Sequence[str]) -> dict[str, AnyArray]:
+        """Run ids from an empty state and keep the named modules' outputs."""
+        decoder = self._open()
+        shown: dict[str, AnyArray] = {}
+        modules = dict(decoder.module.named_modules())
+        if unknown := [name for name in names if name not in modules]:
+            raise InputError(f"the module has no part {unknown[0]!r}; tap_names() lists what can be shown")
+        hooks = [modules[name].register_forward_hook(_keep(shown, name)) for name in names]
+        try:
+            ids = np.asarray(input_ids, np.int64)
+            self.forward(ids, np.full(len(ids), ids.shape[1]), self.begin(len(ids)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return shown
+
+    def _open(self) -> Decoder:
+        if self._decoder is None:
+            raise ClosedError("this engine is closed; open a new lmopt.Runtime")
+        return self._decoder
+
+
+def _keep(shown: dict[str, AnyArray], name: str) -> Any:
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        first = next(iter(output.values())) if isinstance(output, dict) else output
+        first = first[0] if isinstance(first, tuple) and first else first
+        if isinstance(first, Tensor):
+            shown[name] = first.detach().float().cpu().numpy()
+
+    return hook
+
+
+def _pad_left(tensor: Tensor, axis: int, pad: int) -> Tensor:
+    if not pad:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = pad
+    return torch.cat([tensor.new_zeros(shape), tensor], dim=axis)
+
+
+def _check_cuda(device: str) -> None:
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"device {device!r} was asked for, but torch {torch.__version__} finds no usable CUDA device "
+            "(no driver, no GPU, or a CPU build). Use device='cpu', or see `lmopt doctor`."
+        )
+    index = torch.device(device).index or 0
+    if index >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device {device!r} was asked for; this machine has {torch.cuda.device_count()} CUDA devices"
+        )

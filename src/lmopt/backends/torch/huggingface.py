@@ -1,0 +1,81 @@
+"""Call any transformers causal language model with its cache as a flat list of tensors."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from lmopt.backends.torch.attention import position_attention
+from lmopt.backends.torch.language_model import Decoder
+from lmopt.errors import UnsupportedError
+from lmopt.signature import ATTENTION_MASK, POSITION_IDS
+
+
+class HuggingFaceDecoder(Decoder):
+    """A transformers model whose layers keep keys and values.
+
+    A cache that keeps every token is used for sliding-window layers too: which keys they see is
+    the mask's business, so that one layout serves all layers and all engines.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        names = inspect.signature(module.forward).parameters
+        # A model that is not written against the interface may look at slots instead of positions
+        # (GPT-Neo's local layers do), where no short probe would show it: it gets no padding.
+        self.takes_mask = ATTENTION_MASK in names and cast("Any", module)._can_set_attn_implementation()
+        self.takes_positions = POSITION_IDS in names
+        if "past_key_values" not in names:
+            raise UnsupportedError(
+                f"{type(module).__name__} takes no past_key_values; lmopt runs causal language models that keep "
+                "a key-value cache. Wrap it as a LanguageModel (lmopt.Model.from_module) to run it by its own "
+                "state."
+            )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        state: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Read new tokens after `state`, which holds each layer's keys and values in turn."""
+        cache = DynamicCache()
+        for key, value in zip(state[::2], state[1::2], strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(key, value)
+            layer.keys, layer.values = key, value
+            cache.layers.append(layer)
+        options: dict[str, Tensor | None] = {}
+        if self.takes_mask:
+            options[ATTENTION_MASK] = attention_mask
+        if self.takes_positions:
+            options[POSITION_IDS] = position_ids
+        # Any: nn.Module's attributes are tensors or modules to a type checker.
+        model: Any = self.module
+        with position_attention(model):
+            result = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options)
+        return result.logits, [leaf for _, leaf in _leaves(result.past_key_values, self.module)]
+
+    def start(self, input_ids: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """Read a text from its start exactly as transformers does."""
+        result = self.module(input_ids=input_ids, past_key_values=DynamicCache(), use_cache=True)
+        return result.logits, _leaves(result.past_key_values, self.module)
+
+
+def _leaves(cache: object, module: nn.Module) -> list[tuple[str, Tensor]]:
+    layers = getattr(cache, "layers", None)
+    if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
+        raise UnsupportedError(
+            f"{type(module).__name__} keeps a {type(cache).__name__} whose layers are not all keys and values; "
+            "lmopt runs transformers models with a key-value cache in every layer"
+        )
+    return [
+        (f"past_key_values.{index}.{kind}", leaf)
+        for index, layer in enumerate(layers)
+        for kind, leaf in (("key", layer.keys), ("value", layer.values))
+    ]

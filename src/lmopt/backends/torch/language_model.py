@@ -1,0 +1,277 @@
+"""One way to call any decoder: Hugging Face models, tutorial LSTMs, hand-written GPTs.
+
+`as_decoder` wraps a module so that it takes and returns its state as a flat list of tensors, and
+finds out by running it on a few tokens which axis of each tensor holds the rows and which one grows
+with the text. Nothing here knows an architecture by name.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lmopt.errors import LmoptError, UnsupportedError
+from lmopt.signature import ATTENTION_MASK, POSITION_IDS, Signature, StateTensor, present_name
+from lmopt.types import BATCH, PAST, TensorSpec
+
+
+class LanguageModel(Protocol):
+    """What an own module must offer to be a language model in lmopt.
+
+    The names of the parameters are free except the two optional ones. A module that only maps
+    ids to logits is accepted too: its state is then the text itself, which it reads again at each
+    step.
+
+    Example:
+        >>> class Tutorial(nn.Module):
+        ...     def __init__(self, vocab_size=100, hidden=32):
+        ...         super().__init__()
+        ...         self.embedding = nn.Embedding(vocab_size, hidden)
+        ...         self.lstm = nn.LSTM(hidden, hidden, batch_first=True)
+        ...         self.head = nn.Linear(hidden, vocab_size)
+        ...
+        ...     def forward(self, input_ids, state=None):
+        ...         hidden, state = self.lstm(self.embedding(input_ids), state)
+        ...         return self.head(hidden), state
+    """
+
+    def forward(self, input_ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Read new tokens.
+
+        Args:
+            input_ids: `(batch, sequence)` int64.
+            state: `None` at the start of a text, afterwards what the last call returned: tensors,
+                or tuples, lists and dictionaries of tensors. Each tensor has one axis of size
+                `batch`, and may have one that grows by one a token (a key-value cache). A state of
+                fixed size must start at zeros.
+
+        A forward that also has parameters named `attention_mask`, `(batch, past + sequence)` int64,
+        and `position_ids`, `(batch, sequence)` int64, is given them, and can then read rows of
+        unequal length in one call if it honours them.
+
+        Returns:
+            Logits `(batch, sequence, vocab_size)` and the state that follows.
+        """
+        ...
+
+
+class Decoder(nn.Module):
+    """A language model with its state as a flat list of tensors.
+
+    Attributes:
+        module: The wrapped module.
+        signature: Names and axes of the state; filled in by `as_decoder`.
+    """
+
+    module: nn.Module
+    signature: Signature
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        state: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Read new tokens after `state`; see `LanguageModel` for shapes."""
+        raise NotImplementedError
+
+    def start(self, input_ids: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """Read a text from its start in the module's own way; return logits and the named state."""
+        raise NotImplementedError
+
+    def initial_state(self, batch: int, device: torch.device | str = "cpu") -> list[Tensor]:
+        """Make the state of `batch` rows that have read nothing."""
+        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+        sizes = {BATCH: batch, PAST: 0}
+        return [
+            torch.zeros(
+                [sizes[axis] if isinstance(axis, str) else axis for axis in one.past.shape],
+                dtype=dtypes.get(one.past.dtype) or getattr(torch, one.past.dtype),
+                device=device,
+            )
+            for one in self.signature.state
+        ]
+
+
+class PlainDecoder(Decoder):
+    """A module that meets `LanguageModel`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        names = inspect.signature(module.forward).parameters
+        self.takes_mask = ATTENTION_MASK in names
+        self.takes_positions = POSITION_IDS in names
+        self._structure: pytree.TreeSpec | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        state: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Read new tokens after `state`."""
+        assert self._structure is not None
+        options: dict[str, Tensor | None] = {}
+        if self.takes_mask:
+            options[ATTENTION_MASK] = attention_mask
+        if self.takes_positions:
+            options[POSITION_IDS] = position_ids
+        logits, after = self.module(input_ids, pytree.tree_unflatten(list(state), self._structure), **options)
+        return logits, pytree.tree_leaves(after)
+
+    def start(self, input_ids: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """Read a text from its start; learn the structure of the state."""
+        logits, after = self.module(input_ids)
+        leaves, self._structure = pytree.tree_flatten(after)
+        if strange := [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]:
+            raise UnsupportedError(
+                f"the state of {type(self.module).__name__} holds {strange[0]}; lmopt needs tensors, or tuples, "
+                "lists and dictionaries of tensors (keep a counter as a tensor, or derive it from a cache's length)"
+            )
+        return logits, [(f"past_state.{index}", leaf) for index, leaf in enumerate(leaves)]
+
+
+class RereadingDecoder(Decoder):
+    """A module that maps ids to logits and keeps nothing: the state is the text so far."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        state: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Read the whole text again and return the logits of its new end."""
+        text = torch.cat([state[0], input_ids], dim=1)
+        logits = self.module(text)
+        return logits[:, text.shape[1] - input_ids.shape[1] :], [text]
+
+    def start(self, input_ids: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """Read a text from its start."""
+        return self.module(input_ids), [("past_state.input_ids", input_ids)]
+
+
+def as_decoder(module: nn.Module) -> Decoder:
+    """Wrap a language model so that engines and exporters can call it.
+
+    Args:
+        module: A transformers causal language model, or a module that meets `LanguageModel`.
+
+    Raises:
+        UnsupportedError: Its outputs or its state are not those of a decoder; the message says
+            what was found.
+    """
+    decoder = _wrap(module)
+    try:
+        with torch.no_grad():
+            decoder.signature = _find_signature(decoder)
+    except LmoptError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"{type(module).__name__} cannot be called as a decoder: {type(error).__name__}: {error}"
+        ) from error
+    return decoder
+
+
+def _wrap(module: nn.Module) -> Decoder:
+    if any(base.__module__ == "transformers.modeling_utils" for base in type(module).__mro__):
+        from lmopt.backends.torch.huggingface import HuggingFaceDecoder
+
+        return HuggingFaceDecoder(module)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        result = module(torch.zeros(1, 1, dtype=torch.int64, device=device))
+    if isinstance(result, Tensor):
+        return RereadingDecoder(module)
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor):
+        return (
+            PlainDecoder(module) if pytree.tree_leaves(result[1]) else RereadingDecoder(_FirstOutput(module))
+        )
+    raise UnsupportedError(
+        f"{type(module).__name__}.forward(input_ids) returned {type(result).__name__}; lmopt needs "
+        "(logits, state) or logits alone: see lmopt.backends.torch.language_model.LanguageModel"
+    )
+
+
+class _FirstOutput(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.module(input_ids)[0]
+        return logits
+
+
+def _find_signature(decoder: Decoder) -> Signature:
+    """Run the module on a few tokens and see which axes follow the batch and the length."""
+    device = next((p.device for p in decoder.parameters()), torch.device("cpu"))
+    shapes: list[list[tuple[int, ...]]] = []
+    for batch, length in ((2, 3), (3, 3), (2, 5)):
+        logits, named = decoder.start(torch.zeros(batch, length, dtype=torch.int64, device=device))
+        if logits.dim() != 3 or logits.shape[:2] != (batch, length):
+            raise UnsupportedError(
+                f"{type(decoder.module).__name__} returned logits of shape {tuple(logits.shape)} for input ids of "
+                f"shape ({batch}, {length}); expected ({batch}, {length}, vocab_size)"
+            )
+        shapes.append([tuple(leaf.shape) for _, leaf in named])
+    state = tuple(
+        _state_tensor(name, leaf, first, wider, longer)
+        for (name, leaf), first, wider, longer in zip(named, *shapes, strict=True)
+    )
+    takes_mask = getattr(decoder, "takes_mask", False)
+    takes_positions = getattr(decoder, "takes_positions", False)
+    signature = Signature(state, takes_mask, takes_positions, logits.shape[-1])
+    if takes_mask:
+        decoder.signature = signature
+        if not _honours_mask(decoder, device):
+            signature = Signature(
+                state, has_mask=False, has_positions=takes_positions, vocab_size=logits.shape[-1]
+            )
+    return signature
+
+
+def _state_tensor(
+    name: str, leaf: Tensor, first: tuple[int, ...], wider: tuple[int, ...], longer: tuple[int, ...]
+) -> StateTensor:
+    if not len(first) == len(wider) == len(longer):
+        raise UnsupportedError(
+            f"{name} changes its number of axes with batch or length: {first}, {wider}, {longer}"
+        )
+    batch_axes = [axis for axis, size in enumerate(first) if (size, wider[axis]) == (2, 3)]
+    grown = [axis for axis, size in enumerate(first) if size != longer[axis]]
+    grows_by_token = all((first[axis], longer[axis]) == (3, 5) for axis in grown)
+    if len(batch_axes) != 1 or len(grown) > 1 or not grows_by_token:
+        raise UnsupportedError(
+            f"state tensor {name} has shape {first} for 2 rows of 3 tokens, {wider} for 3 rows, and {longer} for 5 "
+            "tokens; lmopt needs one axis of the batch's size and at most one that grows by one a token"
+        )
+    shape: list[int | str] = list(first)
+    shape[batch_axes[0]] = BATCH
+    for axis in grown:
+        shape[axis] = PAST
+    spec = TensorSpec(name, str(leaf.dtype).removeprefix("torch."), tuple(shape))
+    return StateTensor(spec, present_name(name), batch_axes[0], grown[0] if grown else None)
+
+
+def _honours_mask(decoder: Decoder, device: torch.device) -> bool:
+    """See whether padding between past and new tokens leaves a row's logits alone."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=device) % decoder.signature.vocab_size
+    text = decoder.start(ids)[0][0, -3:]
+    mask = torch.tensor([[1, 1, 1, 0, 0]], device=device)
+    where = torch.tensor([[0, 1, 2, 2, 2]], device=device)
+    padded = torch.cat([ids[:, :3], ids[:, :2]], dim=1)
+    _, state = decoder(padded, mask, where, decoder.initial_state(1, device))
+    mask = torch.cat([mask, torch.ones_like(ids[:, :3])], dim=1)
+    after, _ = decoder(ids[:, 3:], mask, where[:, :3] + 3, state)
+    return torch.allclose(after[0].float(), text.float(), atol=1e-3, rtol=1e-3)

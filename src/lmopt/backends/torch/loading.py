@@ -1,0 +1,208 @@
+"""Turn a Hugging Face folder into a module, a tokenizer and facts, without running its code."""
+
+import os
+
+# Latched when huggingface_hub is first imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+from lmopt.backends.torch.description import Loaded, from_transformers
+from lmopt.backends.torch.tokenizer import load_tokenizer
+from lmopt.backends.torch.trust import check_folder
+from lmopt.errors import (
+    ArtifactNotFoundError,
+    CorruptArtifactError,
+    LmoptError,
+    UnsupportedError,
+    UnsupportedOptionError,
+)
+
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_folder(folder: Path, *, dtype: str = "auto", trust: bool = False, progress: bool = False) -> Loaded:
+    """Load a causal language model in Hugging Face layout.
+
+    Args:
+        folder: Folder with `config.json` and weights.
+        dtype: One of `DTYPES`; `"auto"` keeps that of the weights.
+        trust: Whether code and pickled weights of the folder may run.
+        progress: Whether to show progress bars.
+
+    Raises:
+        UnsafeArtifactError: It needs a grant of trust, or a name or link leaves the folder.
+        ArtifactNotFoundError: It has no config or no weights.
+        CorruptArtifactError: A file is damaged, or weights are missing, left over or misshapen.
+        UnsupportedError: The model is not a causal language model, or is stored quantized.
+    """
+    check_dtype(dtype)
+    raw = check_folder(folder, trust=trust)
+    quantized = raw.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UnsupportedError(
+            f"{folder / 'config.json'} says that the weights are quantized ({method}). lmopt loads plain "
+            "float "
+            "weights: use the original model, or dequantize it with the library that wrote it."
+        )
+    with quiet(progress):
+        config = read_config(folder, raw, trust)
+        if not (trust and "auto_map" in raw):
+            require_causal(config, str(folder))
+        try:
+            module, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                # None lets transformers fall back to pickles, which only a grant of trust allows.
+                use_safetensors=None if trust else True,
+                trust_remote_code=trust,
+                local_files_only=True,
+                # Otherwise they are only named in a log; `require_complete` raises on them.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except (LmoptError, MemoryError):
+            raise
+        except Exception as error:
+            raise CorruptArtifactError(
+                f"{folder} cannot be loaded: {type(error).__name__}: {error}. If the files are whole, this "
+                f"transformers ({transformers.__version__}) may be too old for the model."
+            ) from error
+        require_complete(report, str(folder))
+        tokenizer = load_tokenizer(folder, trust=trust)
+    return from_transformers(module, tokenizer)
+
+
+def read_config(folder: Path, raw: Mapping[str, Any], trust: bool) -> Any:
+    """Let transformers read `config.json`, whose content was checked before."""
+    model_type = raw.get("model_type")
+    if not (trust and "auto_map" in raw) and model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"{folder / 'config.json'} names the model type {model_type!r}, which transformers "
+            f"{transformers.__version__} does not know. Update it: pip install --upgrade transformers"
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+    except Exception as error:
+        raise CorruptArtifactError(
+            f"{folder / 'config.json'} is not a valid configuration: {type(error).__name__}: {error}"
+        ) from error
+
+
+def require_causal(config: Any, name: str) -> None:
+    """Refuse models that do not predict the next token.
+
+    Raises:
+        UnsupportedError: The message says what the model is and what lmopt runs.
+    """
+    supported = (
+        "lmopt runs causal (decoder-only) language models; other modules can be wrapped to meet "
+        "lmopt.backends.torch.language_model.LanguageModel and given to lmopt.Model.from_module."
+    )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{name} is an encoder-decoder model ({config.model_type}). {supported}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedError(
+            f"{name} is a {config.model_type} model, which has no causal form. {supported}"
+        )
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    causal = {one.__name__ for one in (found if isinstance(found, list | tuple) else (found,))}
+    stated = set(config.architectures or causal)
+    if not stated & causal and not any("CausalLM" in one or "LMHead" in one for one in stated):
+        raise UnsupportedError(
+            f"{name} holds a {', '.join(sorted(stated))}, not a {' or '.join(sorted(causal))}. {supported}"
+        )
+
+
+def require_complete(report: Mapping[str, Any], name: str) -> None:
+    """Turn transformers' warnings about weights into an error: it would fill them with noise.
+
+    Raises:
+        CorruptArtifactError: The weights concerned are named.
+    """
+    kinds = {
+        "missing": "missing_keys",
+        "not part of the model": "unexpected_keys",
+        "misshapen": "mismatched_keys",
+    }
+    faults = {kind: sorted(_weight(one) for one in report.get(key) or ()) for kind, key in kinds.items()}
+    if told := [f"{kind}: {_shortened(names)}" for kind, names in faults.items() if names]:
+        raise CorruptArtifactError(
+            f"the weights of {name} do not fit its config.json; {'; '.join(told)}. Get a complete copy of "
+            "the model."
+        )
+    if report.get("error_msgs"):
+        raise CorruptArtifactError(f"{name}: {report['error_msgs'][0]}")
+
+
+def _weight(entry: str | tuple[str, Sequence[int], Sequence[int]]) -> str:
+    """Name a weight, with its stored and its expected shape where transformers tells them."""
+    if isinstance(entry, str):
+        return entry
+    name, stored, expected = entry
+    return f"{name} (stored {tuple(stored)}, expected {tuple(expected)})"
+
+
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def fetch(name: str, *, revision: str | None, local_files_only: bool, trust: bool) -> Path:
+    """Bring a model of the Hugging Face hub into its cache and return the folder.
+
+    Raises:
+        ArtifactNotFoundError: There is no such model, or the hub cannot be reached.
+    """
+    import huggingface_hub
+
+    patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=local_files_only,
+                allow_patterns=[*patterns, "*.bin", "*.py"] if trust else patterns,
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise ArtifactNotFoundError(
+            f"{name!r} is no file or folder here (looked in {Path.cwd()}), and it could not be had from the "
+            f"Hugging Face hub: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that models are not loaded in.
+
+    Raises:
+        UnsupportedOptionError: The message lists the possible ones.
+    """
+    if dtype not in DTYPES:
+        raise UnsupportedOptionError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+
+
+@contextmanager
+def quiet(progress: bool = False) -> Iterator[None]:
+    """Keep transformers from writing to the terminal: what matters is raised as an error."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not progress:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

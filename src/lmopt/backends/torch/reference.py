@@ -1,0 +1,75 @@
+"""The honest oracle of the parity gate: the module as its author wrote it, one row, no cache."""
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmopt.types import FloatArray, IntArray
+
+# Uneven, so that every size class of a matrix product's kernels is met.
+_PIECES: Final = (5, 1, 7, 16, 3, 24, 2)
+
+
+class FullForward:
+    """Logits of a module by one full forward pass of one row.
+
+    Nothing of lmopt's own attention, masks, cache or padding is on this path, so that an error in
+    them cannot hide on both sides of a comparison.
+
+    Args:
+        module: A transformers model or a module that meets `LanguageModel`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        # Any: nn.Module's attributes are tensors or modules to a type checker.
+        self._module: Any = module
+        self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
+
+    def __call__(self, ids: IntArray) -> FloatArray:
+        """Read `(sequence,)` ids at once; return `(sequence, vocab_size)` float32 logits."""
+        with torch.inference_mode():
+            logits, _ = self._run(self._row(ids), None)
+        return _numpy(logits[0])
+
+    def rounding(self, ids: IntArray) -> FloatArray | None:
+        """Measure what the order of operations alone does to the logits.
+
+        The row is read a second time in pieces, by the module's own cache: the same function in
+        exact arithmetic.
+
+        Returns:
+            `(sequence,)` float32, the largest difference at each position; `None` for a module
+            without a state.
+        """
+        row = self._row(ids)
+        state: Any = None
+        parts: list[Tensor] = []
+        place = turn = 0
+        with torch.inference_mode():
+            whole, _ = self._run(row, None)
+            while place < row.shape[1]:
+                piece = row[:, place : place + _PIECES[turn % len(_PIECES)]]
+                logits, state = self._run(piece, state)
+                if state is None:
+                    return None
+                parts.append(logits[0])
+                place += piece.shape[1]
+                turn += 1
+            return _numpy((torch.cat(parts).float() - whole[0].float()).abs().amax(-1))
+
+    def _row(self, ids: IntArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(ids, np.int64))[None].to(self._device)
+
+    def _run(self, row: Tensor, state: Any) -> tuple[Tensor, Any]:
+        if hasattr(self._module, "config") and hasattr(self._module.config, "use_cache"):
+            result = self._module(input_ids=row, past_key_values=state, use_cache=True)
+            return result.logits, result.past_key_values
+        result = self._module(row) if state is None else self._module(row, state)
+        return result if isinstance(result, tuple) else (result, None)
+
+
+def _numpy(tensor: Tensor) -> FloatArray:
+    values: FloatArray = tensor.float().cpu().numpy()
+    return values

@@ -1,0 +1,119 @@
+"""Write a model's weights, read them back into an own class, and tell two models apart."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from lmopt.artifact import Artifact, publish
+from lmopt.backends.torch.description import Loaded, is_transformers
+from lmopt.backends.torch.loading import quiet
+from lmopt.backends.torch.trust import WEIGHTS
+from lmopt.errors import ArtifactNotFoundError, CorruptArtifactError
+
+FORMAT: Final = "safetensors"
+
+# Where a configuration came from and who wrote it; the module's class and types are hashed anyway.
+_NOT_IDENTITY: Final = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
+
+
+def write(loaded: Loaded, staging: Path) -> dict[str, Any]:
+    """Write weights, configuration and tokenizer into a folder.
+
+    Args:
+        loaded: The model.
+        staging: Existing folder.
+
+    Returns:
+        What the manifest says of the format `"safetensors"`.
+    """
+    module = loaded.module
+    dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in module.state_dict().values()})
+    entry = {"class": type(module).__name__, "dtypes": dtypes}
+    if is_transformers(module):
+        with quiet():
+            # Any: nn.Module's attributes are tensors or modules to a type checker.
+            model: Any = module
+            model.save_pretrained(staging)
+        entry["library"] = "transformers"
+    else:
+        save_model(module, str(staging / WEIGHTS))
+        entry["library"] = "custom"
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save(staging)
+    return entry
+
+
+def save(loaded: Loaded, target: Path, *, source: str, overwrite: bool) -> Artifact:
+    """Publish a model as an lmopt artefact in Hugging Face layout.
+
+    Raises:
+        ArtifactExistsError: The target holds something that may not be replaced.
+        DiskFullError: The disk cannot hold it.
+    """
+    needed = sum(one.numel() * one.element_size() for one in loaded.module.parameters())
+    with publish(target, overwrite=overwrite, needed=needed) as draft:
+        draft.manifest["formats"] = {FORMAT: write(loaded, draft.path)}
+        draft.manifest["model"] = asdict(loaded.facts)
+        draft.manifest["source"] = {"name": source, "fingerprint": fingerprint(loaded.module, loaded.config)}
+        draft.manifest["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return Artifact.open(target, verify=False)
+
+
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Read the weights of an artefact into a module of the same class.
+
+    Raises:
+        ArtifactNotFoundError: The artefact holds no safetensors weights.
+        CorruptArtifactError: They do not fit the module; the names are listed. Names are compared
+            first, so the module is then unchanged unless a shape differs.
+    """
+    artifact = Artifact.open(folder)
+    if FORMAT not in artifact.formats:
+        raise ArtifactNotFoundError(
+            f"{folder} holds {', '.join(artifact.formats) or 'no format'}, no {FORMAT} weights. "
+            f"Save them: model.save_pretrained(...)"
+        )
+    try:
+        load_model(module, str(artifact.file(WEIGHTS)))
+    except (RuntimeError, SafetensorError) as error:
+        raise CorruptArtifactError(
+            f"{folder / WEIGHTS} does not fit this {type(module).__name__}: {error}. Build the module with "
+            "the "
+            f"sizes that it was saved with."
+        ) from error
+
+
+def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
+    """Hash configuration and weights: equal for equal models, in every process.
+
+    Computed anew at each call (about a second a gigabyte and core), since a live module can be
+    trained further.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    state = sorted(module.state_dict().items())
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(lambda item: _tensor_hash(item[1]), state))
+    whole = hashlib.sha256()
+    stated = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    whole.update(json.dumps(stated, sort_keys=True, default=str).encode())
+    whole.update(type(module).__qualname__.encode())
+    for (name, tensor), digest in zip(state, digests, strict=True):
+        whole.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + digest)
+    return whole.hexdigest()
+
+
+def _tensor_hash(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(plain.numpy().data).digest()

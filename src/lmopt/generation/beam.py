@@ -1,0 +1,224 @@
+"""Beam search, equal to that of transformers 5.23 (`GenerationMixin._beam_search`).
+
+Each prompt is searched as transformers searches it alone: in a batch there, a prompt that is done may
+still be looked at while others go on, but nothing is added to its result any more. Here its beams leave
+the batch.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from lmopt.contracts import Engine
+from lmopt.generation.cohorts import for_unequal_rows
+from lmopt.generation.config import GenerationConfig
+from lmopt.generation.history import History
+from lmopt.generation.processors import build_processors
+from lmopt.generation.results import FinishReason, Generation
+from lmopt.generation.rows import Cancel, Row
+from lmopt.generation.sampling import check_best, largest, log_normalizer
+from lmopt.generation.stopping import Detokenizer
+from lmopt.types import FloatArray, IntArray
+
+_IMPOSSIBLE: Final = np.float32(-1.0e9)  # transformers' mark for "must not be chosen"
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """A finished sequence: its new tokens, their log-probabilities and why it ended."""
+
+    tokens: IntArray
+    logprobs: FloatArray
+    reason: FinishReason
+
+
+class _Search:
+    """The beams of one prompt.
+
+    Attributes:
+        tokens: `(beams, max_length)` int64, prompt and new tokens of the running beams.
+        logprobs: `(beams, max_length)` float32, log-probability of each new token.
+        scores: `(beams,)` float32, sums of log-probabilities, best first.
+        length: Tokens of each running beam, prompt included.
+        done: Whether the search is over.
+    """
+
+    def __init__(self, row: Row, config: GenerationConfig) -> None:
+        beams = config.num_beams
+        self._row = row
+        self._config = config
+        self.length = row.history.length
+        self.done = False
+        self.tokens = np.repeat(row.history.buffer[None], beams, axis=0)
+        self.logprobs = np.zeros(self.tokens.shape, np.float32)
+        # Only the first beam counts at the start: the others are the same.
+        self.scores = np.full(beams, _IMPOSSIBLE)
+        self.scores[0] = 0.0
+        self._finished_scores = np.full(beams, _IMPOSSIBLE)
+        self._finished: list[_Finished | None] = [None] * beams
+
+    def histories(self) -> list[History]:
+        """What each running beam has seen."""
+        return [History(line, self.length, self._row.history.prompt_length) for line in self.tokens]
+
+    def step(self, scores: FloatArray, logprobs: FloatArray) -> IntArray:
+        """Read the scores of all continuations and choose the beams that go on.
+
+        Args:
+            scores: `(beams, vocab_size)` log-probabilities after the processors.
+            logprobs: The same before them.
+
+        Returns:
+            `(beams,)` int64, the beam that each new beam continues.
+        """
+        beams, vocab_size = scores.shape
+        count = max(2, 1 + len(self._config.eos_ids)) * beams
+        total = (scores + self.scores[:, None]).ravel()
+        check_best(float(total.max()))
+        best = largest(total, count)
+        parents, ids, best_scores = best // vocab_size, best % vocab_size, total[best]
+        tokens, token_logprobs = self.tokens[parents], self.logprobs[parents]
+        tokens[:, self.length] = ids
+        token_logprobs[:, self.length] = logprobs[parents, ids]
+        self.length += 1
+        reasons = [self._reason(line) for line in tokens]
+        hits = np.array([reason is not None for reason in reasons])
+        self._finish(tokens, token_logprobs, best_scores, reasons)
+        going = np.where(hits, best_scores + _IMPOSSIBLE, best_scores)
+        chosen = np.argsort(-going, kind="stable")[:beams]
+        self.tokens, self.logprobs, self.scores = tokens[chosen], token_logprobs[chosen], going[chosen]
+        self._update(bool(hits.all()))
+        continued: IntArray = parents[chosen]
+        return continued
+
+    def results(self, tokenizer: Detokenizer | None) -> list[Generation]:
+        """Make the best sequences, best first; of a search that was cut short, the best so far."""
+        config, start = self._config, self._row.history.prompt_length
+        found = [
+            (float(score), sequence)
+            for score, sequence in zip(self._finished_scores, self._finished, strict=True)
+            if sequence is not None
+        ]
+        if not self.done:
+            span = max(1, self.length - start) ** config.length_penalty
+            for score, tokens, logprobs in zip(
+                self.scores / np.float32(span), self.tokens, self.logprobs, strict=True
+            ):
+                if score > _IMPOSSIBLE / 2:
+                    part = slice(start, self.length)
+                    found.append((float(score), _Finished(tokens[part], logprobs[part], "cancelled")))
+            found.sort(key=lambda pair: -pair[0])
+        results = []
+        for score, sequence in found[: config.num_return_sequences]:
+            row = self._row
+            row.history.buffer[start : start + sequence.tokens.size] = sequence.tokens
+            row.history.length = start + sequence.tokens.size
+            row.finish_reason = sequence.reason
+            results.append(
+                Generation(
+                    token_ids=sequence.tokens.tolist(),
+                    text=None if tokenizer is None else row.text(tokenizer),
+                    finish_reason=sequence.reason,
+                    prompt_tokens=start,
+                    logprobs=sequence.logprobs.tolist() if config.wants_logprobs else None,
+                    score=score,
+                )
+            )
+        return results
+
+    def _reason(self, tokens: IntArray) -> FinishReason | None:
+        """Why a candidate ends with its newest token."""
+        if int(tokens[self.length - 1]) in self._row.eos:
+            return "stop"
+        if self._row.stops is not None and self._row.stops.matches(tokens[: self.length]):
+            return "stop_string"
+        return "length" if self.length == tokens.size else None
+
+    def _finish(
+        self, tokens: IntArray, logprobs: FloatArray, scores: FloatArray, reasons: list[FinishReason | None]
+    ) -> None:
+        """Put candidates that have just finished among the finished ones, where they are better."""
+        beams = self._config.num_beams
+        start = self._row.history.prompt_length
+        scores = scores / np.float32((self.length - start) ** self._config.length_penalty)
+        # A candidate beyond the best `num_beams` is there only so that enough beams go on.
+        finished = [
+            _Finished(tokens[n, start : self.length], logprobs[n, start : self.length], reason)
+            if reason
+            else None
+            for n, reason in enumerate(reasons[:beams])
+        ]
+        running = np.array([one is None for one in finished])
+        scores = np.where(running, scores[:beams] + _IMPOSSIBLE, scores[:beams])
+        merged = np.concatenate([self._finished_scores, scores])
+        kept = np.argsort(-merged, kind="stable")[:beams]
+        everything = self._finished + finished
+        self._finished = [everything[n] for n in kept]
+        self._finished_scores = merged[kept]
+
+    def _update(self, nothing_goes_on: bool) -> None:
+        """Decide whether the search is over."""
+        config, start = self._config, self._row.history.prompt_length
+        longest = config.early_stopping == "never" and config.length_penalty > 0.0
+        span = (self.tokens.shape[1] if longest else self.length) - start
+        possible = self.scores[0] / np.float32(span**config.length_penalty)
+        complete = None not in self._finished
+        worst = self._finished_scores.min() if complete else _IMPOSSIBLE
+        full = complete and config.early_stopping is True
+        self.done = full or nothing_goes_on or not possible > worst
+
+
+def beam_search(
+    engine: Engine,
+    rows: list[Row],
+    config: GenerationConfig,
+    tokenizer: Detokenizer | None = None,
+    cancel: Cancel | None = None,
+) -> list[list[Generation]]:
+    """Search for the best sequences of each prompt.
+
+    Args:
+        engine: Any engine.
+        rows: One a prompt, from `prepare`.
+        config: Options with `num_beams > 1`.
+        tokenizer: For text.
+        cancel: Looked at before each step; the best beams so far are returned then.
+
+    Returns:
+        For each prompt its `num_return_sequences` best sequences, best first.
+    """
+    engine = for_unequal_rows(engine)
+    processors = build_processors(config, engine.facts.vocab_size)
+    beams = config.num_beams
+    searches = [_Search(row, config) for row in rows]
+    active = searches
+    state = engine.begin(len(rows), capacity=max(row.history.max_length for row in rows))
+    lengths = np.array([row.history.length for row in rows])
+    input_ids = np.zeros((len(rows), lengths.max()), np.int64)
+    for line, row in zip(input_ids, rows, strict=True):
+        line[: row.history.length] = row.history.seen
+    first = True
+    while active and not (cancel is not None and cancel.is_set()):
+        logits, state = engine.forward(input_ids, lengths, state, last_only=True)
+        if first:
+            repeats, first = np.repeat(np.arange(len(rows)), beams), False
+            logits, state = logits[repeats], engine.select(state, repeats)
+        logprobs = np.stack([line - np.float32(log_normalizer(line)) for line in logits[:, -1]])
+        kept = []
+        for number, search in enumerate(active):
+            part = logprobs[number * beams : (number + 1) * beams]
+            scores = part.copy() if processors else part
+            if processors:
+                for line, history in zip(scores, search.histories(), strict=True):
+                    for processor in processors:
+                        processor(line, history)
+            parents = search.step(scores, part)
+            if not search.done:
+                kept.append(number * beams + parents)
+        active = [search for search in active if not search.done]
+        if active:
+            state = engine.select(state, np.concatenate(kept))
+            input_ids = np.concatenate([search.tokens[:, search.length - 1] for search in active])[:, None]
+            lengths = np.ones(input_ids.shape[0], np.int64)
+    return [search.results(tokenizer) for search in searches]

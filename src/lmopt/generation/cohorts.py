@@ -1,0 +1,186 @@
+"""Rows of unequal length on an engine that only takes equal ones.
+
+Rows that have read equally much and read equally much next form a cohort with a state of its own. One
+`forward` of the batch is one `forward` a cohort.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lmopt.contracts import Engine, EngineReport, PaddingSide, State
+from lmopt.errors import UnsupportedError
+from lmopt.types import FloatArray, IntArray, ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class _Cohort:
+    """Rows of equal length.
+
+    Attributes:
+        rows: `(n,)` int64, where the rows stand in the batch.
+        state: The engine's state, `None` before anything is read.
+        length: Tokens that each row has read.
+    """
+
+    rows: IntArray
+    state: State | None = None
+    length: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CohortState:
+    """State of a batch whose rows may differ in length.
+
+    Attributes:
+        cohorts: Its groups; together they hold each row once.
+        batch: Number of rows.
+        capacity: As given to `begin`.
+        padding_side: As given to `begin`.
+    """
+
+    cohorts: tuple[_Cohort, ...]
+    batch: int
+    capacity: int | None
+    padding_side: PaddingSide
+
+    @property
+    def lengths(self) -> IntArray:
+        """`(batch,)` int64, tokens that each row has read so far."""
+        lengths = np.zeros(self.batch, np.int64)
+        for cohort in self.cohorts:
+            lengths[cohort.rows] = cohort.length
+        return lengths
+
+
+class CohortEngine:
+    """An engine for unequal rows, made of one that is not.
+
+    Args:
+        engine: Engine whose `ragged` is `False`; stays the caller's to close.
+    """
+
+    ragged = True
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Facts of the inner engine's model."""
+        return self._engine.facts
+
+    def begin(
+        self, batch: int, *, capacity: int | None = None, padding_side: PaddingSide = "right"
+    ) -> CohortState:
+        """Make the empty state of `batch` rows; the inner states come with the first tokens."""
+        return CohortState((_Cohort(np.arange(batch)),), batch, capacity, padding_side)
+
+    def forward(
+        self, input_ids: IntArray, lengths: IntArray, state: State, *, last_only: bool = False
+    ) -> tuple[FloatArray, CohortState]:
+        """Read new tokens, cohort by cohort; see `lmopt.contracts.Engine.forward`.
+
+        Raises:
+            UnsupportedError: Rows that share a state are given unequal numbers of tokens: the
+                contract has no way to take a state apart.
+        """
+        state = _own(state)
+        cohorts: list[_Cohort] = []
+        results: list[FloatArray] = []
+        for cohort in (part for whole in state.cohorts for part in _split(whole, lengths)):
+            width = int(lengths[cohort.rows[0]])
+            inner = cohort.state
+            if inner is None:
+                inner = self._engine.begin(
+                    cohort.rows.size, capacity=state.capacity, padding_side=state.padding_side
+                )
+            logits, inner = self._engine.forward(
+                np.ascontiguousarray(input_ids[cohort.rows, :width]),
+                lengths[cohort.rows],
+                inner,
+                last_only=last_only,
+            )
+            results.append(logits)
+            cohorts.append(_Cohort(cohort.rows, inner, cohort.length + width))
+        after = replace(state, cohorts=tuple(cohorts))
+        if len(cohorts) == 1 and (last_only or results[0].shape[1] == input_ids.shape[1]):
+            order = cohorts[0].rows
+            return (results[0] if (order[:-1] < order[1:]).all() else _placed(results, after, 1)), after
+        return _placed(results, after, 1 if last_only else input_ids.shape[1]), after
+
+    def select(self, state: State, rows: IntArray) -> CohortState:
+        """Keep, drop, reorder or repeat rows."""
+        state = _own(state)
+        cohorts = []
+        for cohort in state.cohorts:
+            place = np.full(state.batch, -1)
+            place[cohort.rows] = np.arange(cohort.rows.size)
+            inside = place[rows]
+            wanted = np.flatnonzero(inside >= 0)
+            if wanted.size == 0:
+                continue
+            inner = cohort.state
+            if inner is not None and not np.array_equal(inside[wanted], np.arange(cohort.rows.size)):
+                inner = self._engine.select(inner, inside[wanted])
+            cohorts.append(_Cohort(wanted, inner, cohort.length))
+        return replace(state, cohorts=tuple(cohorts), batch=rows.size)
+
+    def join(self, states: Sequence[State]) -> CohortState:
+        """Put the rows of several states into one batch; cohorts of equal length become one."""
+        owned = [_own(state) for state in states]
+        by_length: dict[tuple[bool, int], list[_Cohort]] = {}
+        offset = 0
+        for state in owned:
+            for cohort in state.cohorts:
+                moved = replace(cohort, rows=cohort.rows + offset)
+                by_length.setdefault((cohort.state is None, cohort.length), []).append(moved)
+            offset += state.batch
+        cohorts = []
+        for group in by_length.values():
+            rows = np.concatenate([cohort.rows for cohort in group])
+            inner = [cohort.state for cohort in group if cohort.state is not None]
+            joined = self._engine.join(inner) if len(inner) > 1 else (inner[0] if inner else None)
+            cohorts.append(_Cohort(rows, joined, group[0].length))
+        return replace(owned[0], cohorts=tuple(cohorts), batch=offset)
+
+    def report(self) -> EngineReport:
+        """Report of the inner engine."""
+        return self._engine.report()
+
+    def close(self) -> None:
+        """Close the inner engine."""
+        self._engine.close()
+
+
+def for_unequal_rows(engine: Engine) -> Engine:
+    """Give an engine that takes rows of unequal length: this one, or a `CohortEngine` around it."""
+    return engine if engine.ragged else CohortEngine(engine)
+
+
+def _own(state: State) -> CohortState:
+    if not isinstance(state, CohortState):
+        raise UnsupportedError(f"expected a state of this CohortEngine, was given a {type(state).__name__}.")
+    return state
+
+
+def _split(cohort: _Cohort, lengths: IntArray) -> list[_Cohort]:
+    """Take a cohort apart by the number of tokens that its rows read next."""
+    sizes = np.unique(lengths[cohort.rows])
+    if sizes.size == 1:
+        return [cohort]
+    if cohort.state is not None:
+        raise UnsupportedError(
+            "rows that have read equally much are given unequal numbers of new tokens, and this engine's "
+            "state cannot be taken apart. Feed them one token at a time, or begin a state for each row."
+        )
+    return [replace(cohort, rows=cohort.rows[lengths[cohort.rows] == size]) for size in sizes]
+
+
+def _placed(results: list[FloatArray], state: CohortState, width: int) -> FloatArray:
+    """Put the logits of the cohorts where their rows stand."""
+    logits = np.zeros((state.batch, width, results[0].shape[-1]), np.float32)
+    for cohort, result in zip(state.cohorts, results, strict=True):
+        logits[cohort.rows, : result.shape[1]] = result
+    return logits

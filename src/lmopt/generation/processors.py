@@ -1,0 +1,198 @@
+"""Changes to the logits of one row before a token is chosen: penalties, bans and forced tokens.
+
+Order and arithmetic are those of transformers 5.23 (`_get_logits_processor`), each on one row at a
+time, so that a row's result cannot depend on its neighbours or on padding. A processor changes the
+scores in place. What narrows the choice further when sampling (temperature, top-k, ...) is in
+`lmopt.generation.sampling`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from lmopt.errors import TokenIdError
+from lmopt.generation.config import GenerationConfig
+from lmopt.generation.history import History
+from lmopt.types import FloatArray, IntArray
+
+
+class Processor(Protocol):
+    """Changes the `(vocab_size,)` float32 scores of one row in place."""
+
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Change `scores`, given what the row has seen."""
+        ...
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Divide positive and multiply negative scores of tokens already seen (arXiv:1909.05858)."""
+
+    penalty: float
+
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Scale the scores of the seen tokens."""
+        seen = history.seen
+        score = scores[seen]
+        penalty = np.float32(self.penalty)
+        # A token seen twice is written twice with the same value, as `scatter` does there.
+        scores[seen] = np.where(score < 0, score * penalty, score / penalty)
+
+
+@dataclass(frozen=True)
+class NoRepeatNgram:
+    """Ban every token that would complete an n-gram a second time."""
+
+    size: int
+
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Ban the last token of each window that begins as the row ends."""
+        seen = history.seen
+        if seen.size < self.size:
+            return
+        windows = sliding_window_view(seen, self.size)
+        begun = seen[seen.size + 1 - self.size :]
+        matches = (windows[:, :-1] == begun).all(axis=1)
+        scores[windows[matches, -1]] = -np.inf
+
+
+@dataclass(frozen=True)
+class BadWords:
+    """Ban the last token of each sequence whose beginning has just been seen."""
+
+    words: tuple[tuple[int, ...], ...]
+
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Ban the words that are complete but for one token."""
+        seen = history.seen
+        for *prefix, last in self.words:
+            if not prefix or (len(prefix) <= seen.size and (seen[seen.size - len(prefix) :] == prefix).all()):
+                scores[last] = -np.inf
+
+
+@dataclass(frozen=True)
+class MinLength:
+    """Ban end-of-sequence ids until so many tokens are there."""
+
+    tokens: int
+    new_only: bool
+    eos: IntArray
+
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Ban the ids while the row is too short."""
+        if history.length - (history.prompt_length if self.new_only else 0) < self.tokens:
+            scores[self.eos] = -np.inf
+
+
+@dataclass(frozen=True)
+class ForcedFirst:
+    """Force a token after a prompt of one token."""
+
+    token: int
+
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Force the token if it is due."""
+        if history.length == 1:
+            _force(scores, self.token)
+
+
+@dataclass(frozen=True)
+class ForcedLast:
+    """Force a token where the length limit is reached."""
+
+    token: int
+
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Force the token if it is due."""
+        if history.length == history.max_length - 1:
+            _force(scores, self.token)
+
+
+@dataclass(frozen=True)
+class Suppress:
+    """Ban tokens."""
+
+    tokens: IntArray
+
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Ban the tokens."""
+        scores[self.tokens] = -np.inf
+
+
+@dataclass(frozen=True)
+class SuppressFirst:
+    """Ban tokens as first new token, or as second where the first one is forced."""
+
+    tokens: IntArray
+    first_is_forced: bool
+
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Ban the tokens if the first new one is due."""
+        forced = self.first_is_forced and history.prompt_length == 1
+        if history.length == history.prompt_length + forced:
+            scores[self.tokens] = -np.inf
+
+
+@dataclass(frozen=True)
+class Renormalize:
+    """Turn scores into log-probabilities."""
+
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Normalise."""
+        scores -= scores.max()
+        scores -= np.log(np.exp(scores).sum())
+
+
+def build_processors(config: GenerationConfig, vocab_size: int) -> tuple[Processor, ...]:
+    """List the processors that a config asks for, in transformers' order; often none.
+
+    Raises:
+        TokenIdError: An option names an id outside the vocabulary.
+    """
+    eos = np.array([token for token in config.eos_ids if token < vocab_size], np.int64)
+    found: list[Processor] = []
+    if config.repetition_penalty != 1.0:
+        found.append(RepetitionPenalty(config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        found.append(NoRepeatNgram(config.no_repeat_ngram_size))
+    if config.bad_words_ids:
+        words = tuple(tuple(word) for word in config.bad_words_ids)
+        _check("bad_words_ids", [token for word in words for token in word], vocab_size)
+        # transformers never bans an end-of-sequence id this way.
+        found.append(
+            BadWords(tuple(word for word in words if word not in {(token,) for token in config.eos_ids}))
+        )
+    if config.min_length and eos.size:
+        found.append(MinLength(config.min_length, False, eos))
+    if config.min_new_tokens and eos.size:
+        found.append(MinLength(config.min_new_tokens, True, eos))
+    if config.forced_bos_token_id is not None:
+        _check("forced_bos_token_id", [config.forced_bos_token_id], vocab_size)
+        found.append(ForcedFirst(config.forced_bos_token_id))
+    if config.forced_eos_token_id is not None:
+        _check("forced_eos_token_id", [config.forced_eos_token_id], vocab_size)
+        found.append(ForcedLast(config.forced_eos_token_id))
+    if config.suppress_tokens:
+        _check("suppress_tokens", config.suppress_tokens, vocab_size)
+        found.append(Suppress(np.array(config.suppress_tokens, np.int64)))
+    if config.begin_suppress_tokens:
+        _check("begin_suppress_tokens", config.begin_suppress_tokens, vocab_size)
+        first = np.array(config.begin_suppress_tokens, np.int64)
+        found.append(SuppressFirst(first, config.forced_bos_token_id is not None))
+    if config.renormalize_logits:
+        found.append(Renormalize())
+    return tuple(found)
+
+
+def _force(scores: FloatArray, token: int) -> None:
+    scores.fill(-np.inf)
+    scores[token] = 0.0
+
+
+def _check(name: str, tokens: Iterable[int], vocab_size: int) -> None:
+    outside = [token for token in tokens if token >= vocab_size]
+    if outside:
+        raise TokenIdError(f"{name} names id {outside[0]}; the vocabulary has ids 0 to {vocab_size - 1}.")

@@ -1,0 +1,198 @@
+"""From the scores of one row to a token: narrowing the choice, and drawing from what remains.
+
+The choice is kept as (ids, scores) of the tokens that are still possible: after top-k that is fifty
+entries, not a vocabulary. The rules are those of transformers' warpers, in their order.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmopt.errors import EngineError, UnsupportedOptionError
+from lmopt.generation.config import GenerationConfig
+from lmopt.types import FloatArray, IntArray
+
+_LANES = 64  # the k-th largest value is looked for in the maxima of so many values first
+_BLOCK = 256  # entries that are summed in one go
+_BINS, _BINS_PER_UNIT = 1024, 32  # for finding a border: 32 nats in steps of 1/32, the rest in the last bin
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The tokens that are still possible.
+
+    Attributes:
+        ids: `(n,)` int64, ascending; `None` means all of the vocabulary.
+        scores: `(n,)` float32.
+    """
+
+    ids: IntArray | None
+    scores: FloatArray
+
+    def keep(self, kept: IntArray) -> "Choice":
+        """Narrow to the entries at positions `kept`, which ascend."""
+        return Choice(kept if self.ids is None else self.ids[kept], self.scores[kept])
+
+    def probabilities(self, vocab_size: int) -> FloatArray:
+        """`(vocab_size,)` float32 probabilities that `draw` draws with."""
+        full = np.zeros(vocab_size, np.float32)
+        weights = np.exp(self.scores - self.scores.max())
+        full[slice(None) if self.ids is None else self.ids] = weights / weights.sum(dtype=np.float64)
+        return full
+
+
+def greedy(logits: FloatArray) -> list[int]:
+    """Likeliest token of each row of `(rows, vocab_size)`; the lowest id among equals.
+
+    Raises:
+        EngineError: A row holds NaN. `argmax` returns the first one, so looking there is enough.
+    """
+    best: list[int] = logits.argmax(axis=-1).tolist()
+    for row, token in zip(logits, best, strict=True):
+        check_best(float(row[token]))
+    return best
+
+
+def check_best(best: float) -> None:
+    """Refuse scores whose maximum shows that no token can be chosen.
+
+    Raises:
+        EngineError: It is NaN.
+        UnsupportedOptionError: It is minus infinity: every token was banned.
+    """
+    if math.isnan(best):
+        raise EngineError(
+            "the engine returned NaN logits. Run `lmopt compare` against the torch backend to find the "
+            "layer, or choose dtype='float32' if a 16-bit type overflowed."
+        )
+    if best == -math.inf:
+        raise UnsupportedOptionError(
+            "the options leave no token to choose from: every id is banned or has probability 0. "
+            "Relax no_repeat_ngram_size, bad_words_ids, suppress_tokens or min_new_tokens."
+        )
+
+
+def narrow(scores: FloatArray, config: GenerationConfig) -> Choice:
+    """Apply temperature, top-k, top-p, min-p and typical-p to the `(vocab_size,)` scores of a row."""
+    if config.temperature != 1.0:
+        scores = scores / np.float32(config.temperature)
+    choice = Choice(None, scores)
+    if 0 < config.top_k < scores.size:
+        choice = choice.keep(np.flatnonzero(scores >= _kth_largest(scores, config.top_k)))
+    if config.top_p < 1.0:
+        choice = choice.keep(_nucleus(choice.scores, config.top_p))
+    if config.min_p is not None:
+        weights = np.exp(choice.scores - choice.scores.max())
+        choice = choice.keep(np.flatnonzero(weights >= np.float32(config.min_p)))
+    if config.typical_p < 1.0:
+        choice = choice.keep(_typical(choice.scores, config.typical_p))
+    return choice
+
+
+def draw(choice: Choice, uniform: float) -> int:
+    """Draw a token by the inverse of the cumulative distribution, in the order of the ids.
+
+    Args:
+        choice: What is possible; the scores need not be normalised.
+        uniform: From [0, 1).
+    """
+    weights = np.exp(choice.scores - choice.scores.max())
+    if weights.size <= _BLOCK:
+        index = _invert(weights, uniform)
+    else:
+        # Choose a block by its sum first: a running sum over a whole vocabulary takes half a millisecond.
+        blocks = np.zeros((-(-weights.size // _BLOCK), _BLOCK), np.float32)
+        blocks.reshape(-1)[: weights.size] = weights
+        sums = blocks.sum(axis=1)
+        block = _invert(sums, uniform)
+        total, before = float(sums.sum(dtype=np.float64)), float(sums[:block].sum(dtype=np.float64))
+        rest = min(max(0.0, (uniform * total - before) / float(sums[block])), 1.0)
+        index = block * _BLOCK + _invert(blocks[block], rest)
+    return index if choice.ids is None else int(choice.ids[index])
+
+
+def log_normalizer(scores: FloatArray) -> float:
+    """Log of the sum of exponentials of `(vocab_size,)` scores."""
+    best = scores.max()
+    return float(best) + math.log(float(np.exp(scores - best).sum()))
+
+
+def largest(values: FloatArray, count: int) -> IntArray:
+    """Positions of the `count` largest of `(n,)` values, best first, the lower position among equals."""
+    count = min(count, values.size)
+    # Minus infinity as bound (fewer finite values than `count`) admits all, which is right.
+    candidates = np.flatnonzero(values >= _kth_largest(values, count))
+    order = np.argsort(-values[candidates], kind="stable")[:count]
+    return candidates[order]
+
+
+def _kth_largest(values: FloatArray, k: int) -> np.float32:
+    """The `k`-th largest value, without partitioning a whole vocabulary where `k` is small."""
+    lanes = values.size // _LANES
+    if k <= lanes // 4:
+        # The k-th largest of the maxima of disjoint groups is no larger than the k-th largest value.
+        maxima = values[: lanes * _LANES].reshape(_LANES, lanes).max(axis=0)
+        bound = np.partition(maxima, lanes - k)[lanes - k]
+        values = values[values >= bound]
+    kth: np.float32 = np.partition(values, values.size - k)[values.size - k]
+    return kth
+
+
+def _invert(weights: FloatArray, uniform: float) -> int:
+    """Position at which the running sum of weights passes the fraction `uniform` of their total."""
+    # In float64: a float32 running sum is off by more than rare tokens weigh.
+    cumulative = weights.cumsum(dtype=np.float64)
+    index = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
+    if index == cumulative.size:  # the product was rounded up to the total
+        index = int(cumulative.searchsorted(cumulative[-1], side="left"))
+    return index
+
+
+def _nucleus(scores: FloatArray, top_p: float) -> IntArray:
+    """Positions that top-p keeps: the likeliest tokens up to this probability, one at least."""
+    best = scores.max()
+    weights = np.exp(scores - best)
+    needed = top_p * float(weights.sum(dtype=np.float64))
+    if scores.size > _BLOCK * _LANES:
+        # In a language model a few hundred or thousand tokens hold nearly everything: the rest goes unseen.
+        span = best - _kth_largest(scores, scores.size // _LANES // 4)
+        for depth in (span, span * np.float32(1.5)):
+            likely = np.flatnonzero(scores >= best - depth)
+            if float(weights[likely].sum(dtype=np.float64)) >= needed:
+                return likely[_lightest(best - scores[likely], weights[likely], needed)]
+    return _lightest(best - scores, weights, needed)
+
+
+def _typical(scores: FloatArray, mass: float) -> IntArray:
+    """Positions that locally typical sampling keeps (arXiv:2202.00666)."""
+    logs = scores - np.float32(log_normalizer(scores))
+    weights = np.exp(logs)
+    # A banned token adds nothing to the entropy, and 0 * -inf would be NaN.
+    entropy = -(np.where(weights > 0, logs, np.float32(0.0)) * weights).sum()
+    distance = np.abs(-logs - entropy)
+    kept = _lightest(distance, weights, mass * float(weights.sum(dtype=np.float64)))
+    return np.flatnonzero(distance <= distance[kept].max())
+
+
+def _lightest(keys: FloatArray, weights: FloatArray, needed: float) -> IntArray:
+    """Positions of the smallest keys whose weights together reach `needed`, ascending.
+
+    Sorting a vocabulary takes milliseconds. Summing the weights into bins of the key shows which bin
+    holds the border, and only that one is sorted.
+
+    Args:
+        keys: `(n,)` float32, >= 0.
+        weights: `(n,)` float32, >= 0.
+        needed: At most the sum of the weights.
+    """
+    bins = np.minimum(keys * np.float32(_BINS_PER_UNIT), np.float32(_BINS - 1)).astype(np.intp)
+    sums = np.bincount(bins, weights, _BINS).cumsum()
+    border = min(int(sums.searchsorted(needed)), int(bins.max()))
+    inside = np.flatnonzero(bins == border)
+    inside = inside[np.argsort(keys[inside], kind="stable")]
+    before = sums[border - 1] if border else 0.0
+    count = int((before + weights[inside].cumsum(dtype=np.float64)).searchsorted(needed)) + 1
+    kept = bins < border
+    kept[inside[:count]] = True
+    return np.flatnonzero(kept)

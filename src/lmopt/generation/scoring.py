@@ -1,0 +1,97 @@
+"""Log-probabilities of given tokens."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from lmopt.contracts import Engine
+from lmopt.errors import ContextLengthError, EmptyPromptError
+from lmopt.generation.rows import check_ids
+from lmopt.types import FloatArray, IntArray
+
+_LOGIT_BYTES: Final = 128 * 2**20
+
+
+def score(
+    engine: Engine,
+    rows: Sequence[Sequence[int] | IntArray],
+    *,
+    batch_size: int = 8,
+    logit_bytes: int = _LOGIT_BYTES,
+) -> list[FloatArray]:
+    """Compute the log-probability of each token of given rows, given those before it.
+
+    Args:
+        engine: Any engine.
+        rows: Token ids, at least one a row, of any lengths.
+        batch_size: Most rows in one call of the engine.
+        logit_bytes: Most bytes of logits in one call: longer rows are read in parts.
+
+    Returns:
+        For each row of `n` tokens, `(n - 1,)` float32: the natural-log probability of its second to
+        last token. The first token has nothing before it that could predict it.
+
+    Raises:
+        EmptyPromptError: A row has no token.
+        ContextLengthError: A row is longer than the model's context.
+        TokenIdError: An id is outside the vocabulary.
+    """
+    facts = engine.facts
+    checked = [check_ids(row, facts.vocab_size, f"row {number}") for number, row in enumerate(rows)]
+    for number, ids in enumerate(checked):
+        if ids.size == 0:
+            raise EmptyPromptError(f"row {number} is empty: there is nothing to score. Leave it out.")
+        if facts.context_length is not None and ids.size > facts.context_length:
+            raise ContextLengthError(
+                f"row {number} has {ids.size} tokens; the model's context has {facts.context_length}. "
+                f"Split it, or use perplexity, which slides a window."
+            )
+    scores: list[FloatArray] = [np.empty(ids.size - 1, np.float32) for ids in checked]
+    # Neighbours of like length waste little on padding.
+    order = sorted((n for n in range(len(checked)) if checked[n].size > 1), key=lambda n: checked[n].size)
+    width = max(1, logit_bytes // (4 * facts.vocab_size * max(1, min(batch_size, len(order)))))
+    for batch in _batches(engine, checked, order, batch_size):
+        _score_batch(engine, [checked[n] for n in batch], [scores[n] for n in batch], width)
+    return scores
+
+
+def _batches(engine: Engine, rows: list[IntArray], order: list[int], size: int) -> list[list[int]]:
+    """Cut `order` into batches; of equal lengths where the engine takes no others."""
+    batches: list[list[int]] = []
+    for number in order:
+        fits = batches and len(batches[-1]) < size
+        if fits and (engine.ragged or rows[batches[-1][0]].size == rows[number].size):
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def _score_batch(engine: Engine, rows: list[IntArray], scores: list[FloatArray], width: int) -> None:
+    """Score rows that ascend in length, `width` tokens of each at a time; fills `scores`."""
+    # The last token is only predicted, never read.
+    state = engine.begin(len(rows), capacity=rows[-1].size - 1)
+    active = list(range(len(rows)))
+    for start in range(0, rows[-1].size - 1, width):
+        kept = [place for place, number in enumerate(active) if rows[number].size - 1 > start]
+        if len(kept) < len(active):
+            state = engine.select(state, np.array(kept))
+            active = [active[place] for place in kept]
+        lengths = np.array([min(width, rows[number].size - 1 - start) for number in active])
+        input_ids = np.zeros((len(active), lengths.max()), np.int64)
+        for line, number, length in zip(input_ids, active, lengths, strict=True):
+            line[:length] = rows[number][start : start + length]
+        logits, state = engine.forward(input_ids, lengths, state)
+        for line, number, length in zip(logits, active, lengths, strict=True):
+            targets = rows[number][start + 1 : start + 1 + length]
+            scores[number][start : start + length] = token_logprobs(line[:length], targets)
+
+
+def token_logprobs(logits: FloatArray, targets: IntArray) -> FloatArray:
+    """Log-probability of `(n,)` target ids under `(n, vocab_size)` logits; `(n,)` float32."""
+    best = logits.max(axis=-1, keepdims=True)
+    sums = np.exp(logits - best).sum(axis=-1, dtype=np.float64)
+    chosen = logits[np.arange(targets.size), targets].astype(np.float64)
+    result: FloatArray = (chosen - best[:, 0] - np.log(sums)).astype(np.float32)
+    return result

@@ -1,0 +1,141 @@
+"""Text while it is being generated, in pieces that never have to be taken back."""
+
+import contextlib
+from collections.abc import Generator, Sequence
+
+from lmopt.contracts import Engine
+from lmopt.errors import TokenizerError, UnsupportedOptionError
+from lmopt.generation.config import GenerationConfig
+from lmopt.generation.loop import steps
+from lmopt.generation.results import Generation
+from lmopt.generation.rows import Cancel, Row, prepare
+from lmopt.generation.stopping import REPLACEMENT, Detokenizer
+from lmopt.types import IntArray
+
+_CONTEXT = (
+    4  # tokens that the next ones are decoded with: an incomplete character has at most 3 before its last
+)
+_WINDOW = 12  # tokens after which the context moves on
+
+
+class IncrementalText:
+    """Turns ids into text one by one, at a cost per token that does not grow with the text.
+
+    Only text that later tokens cannot change is given out: not a character whose bytes are still
+    incomplete, and not a run of byte tokens (`<0xE4>`), which decoders judge as a whole.
+
+    Args:
+        tokenizer: Turns ids into text.
+    """
+
+    def __init__(self, tokenizer: Detokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._given = 0  # characters of the window's text that were given out
+        self._kinds: dict[int, tuple[bool, bool]] = {}
+
+    def push(self, token: int) -> str:
+        """Add a token; return the text that has become certain, often one word, sometimes none."""
+        special, byte = self._kinds.get(token) or self._kind(token)
+        if special:
+            return ""
+        self._window.append(token)
+        if byte:
+            return ""
+        text = self._decode(self._window).removesuffix(REPLACEMENT)
+        piece = text[self._given :]
+        self._given = max(self._given, len(text))
+        if len(self._window) > _WINDOW:
+            self._window = self._window[-_CONTEXT:]
+            self._given = len(self._decode(self._window).removesuffix(REPLACEMENT))
+        return piece
+
+    def finish(self) -> str:
+        """Return what waits for tokens that will not come, incomplete characters included."""
+        return self._decode(self._window)[self._given :]
+
+    def _kind(self, token: int) -> tuple[bool, bool]:
+        """Whether a token is special, and whether it is a byte token."""
+        entry = self._tokenizer.id_to_token(token) or ""
+        special = (
+            self._decode([token]) == "" and self._tokenizer.decode([token], skip_special_tokens=False) != ""
+        )
+        self._kinds[token] = special, len(entry) == 6 and entry.startswith("<0x")
+        return self._kinds[token]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def stream(
+    engine: Engine,
+    prompt: Sequence[int] | IntArray,
+    config: GenerationConfig | None = None,
+    *,
+    tokenizer: Detokenizer,
+    cancel: Cancel | None = None,
+) -> Generator[str, None, Generation]:
+    """Generate from one prompt and yield the text while it grows.
+
+    The pieces, put together, are the text of the `Generation` that the generator returns
+    (`result = yield from stream(...)`, or `StopIteration.value`). A piece that may be the beginning of
+    a stop string waits until that is known. Closing the generator ends the work at once.
+
+    Args:
+        engine: Any engine.
+        prompt: Token ids.
+        config: Options; `GenerationConfig()` where `None`.
+        tokenizer: Turns ids into text.
+        cancel: Something with `is_set()`, such as a `threading.Event`, looked at before each token.
+
+    Raises:
+        UnsupportedOptionError: Beams or several sequences, which have no text before the end.
+        InputError: As `generate` does.
+    """
+    config = config or GenerationConfig()
+    if config.num_beams > 1 or config.num_return_sequences > 1:
+        raise UnsupportedOptionError(
+            f"a stream has one sequence; given num_beams={config.num_beams}, "
+            f"num_return_sequences={config.num_return_sequences}. Call generate instead."
+        )
+    if tokenizer is None:
+        raise TokenizerError("a stream of text needs a tokenizer. Pass one, or call generate for token ids.")
+    rows = prepare(engine, [prompt], config, tokenizer)
+    return _pieces(engine, rows, config, tokenizer, cancel)
+
+
+def _pieces(
+    engine: Engine,
+    rows: list[Row],
+    config: GenerationConfig,
+    tokenizer: Detokenizer,
+    cancel: Cancel | None,
+) -> Generator[str, None, Generation]:
+    (row,) = rows
+    text = IncrementalText(tokenizer)
+    given: list[str] = []
+    waiting = ""
+    with contextlib.closing(steps(engine, rows, config, cancel)) as running:
+        for _ in running:
+            waiting += text.push(int(row.history.new[-1]))
+            if row.finish_reason is not None:
+                continue
+            held = row.stops.tail(row.history.seen) if row.stops else 0
+            ready = waiting[: max(0, len(waiting) - held)]
+            if ready:
+                given.append(ready)
+                waiting = waiting[len(ready) :]
+                yield ready
+    shown = "".join(given)
+    final = row.text(tokenizer)
+    if final.startswith(shown):
+        rest = final[len(shown) :]
+    else:
+        # A decoder that rewrites what came before (some clean-up rules do) cannot be followed: what was
+        # shown counts, and the text goes on from there.
+        rest = waiting + text.finish()
+        if row.stops and row.finish_reason == "stop_string":
+            rest = rest[: max(0, len(rest) - row.stops.tail(row.history.seen))]
+    if rest:
+        yield rest
+    return row.result(config, shown + rest)

@@ -1,0 +1,167 @@
+"""From whatever a user calls a model to an open engine."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmopt import __version__
+from lmopt.artifact import Artifact, Staging, cached, is_artifact
+from lmopt.contracts import Engine, EngineRequest
+from lmopt.errors import ArtifactNotFoundError, UnsupportedError
+from lmopt.exporter import Exporter
+from lmopt.model import Model
+from lmopt.registry import backends, exporters
+from lmopt.spec import BackendSpec
+from lmopt.tokenizer import Tokenizer
+from lmopt.types import ModelFacts
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An open engine and what goes with it."""
+
+    engine: Engine
+    backend: str
+    facts: ModelFacts
+    name: str
+    tokenizer: Tokenizer | None = None
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_source(
+    source: str | os.PathLike[str] | Model | Artifact,
+    *,
+    backend: str | None,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    trust: bool,
+    options: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> Opened:
+    """Open an engine; arguments and errors as for `lmopt.Runtime`."""
+    if not isinstance(source, Model | Artifact) and is_artifact(source):
+        # Files are verified when the engine asks for them, so that formats it leaves alone cost nothing.
+        source = Artifact.open(source, verify=False)
+    name = backend or _default_backend(source)
+    spec = backends.spec(name)
+    factory = backends.load(name)
+    if isinstance(source, Artifact) and set(source.formats) & set(spec.can.formats):
+        _require_support(spec, source.formats, device, dtype)
+        if "trust" in spec.can.features and trust:
+            options = {**options, "trust": True}
+        engine = factory(
+            EngineRequest(
+                facts=source.facts,
+                artifact=source,
+                device=device,
+                dtype=dtype,
+                threads=threads,
+                options=options,
+            )
+        )
+        return Opened(
+            engine, name, source.facts, source.path.name, _tokenizer(source), _generation_config(source)
+        )
+    if "module" in spec.can.formats:
+        _require_support(spec, ("module",), device, dtype)
+        model = _as_model(source, dtype, trust)
+        engine = factory(
+            EngineRequest(
+                facts=model.facts,
+                module=model.module,
+                device=device,
+                dtype=dtype,
+                threads=threads,
+                options=options,
+            )
+        )
+        return Opened(engine, name, model.facts, model.source, model.tokenizer, model.generation_config)
+    exporter = _exporter_for(spec)
+    _require_support(spec, (exporters.spec(exporter).format,), device, dtype)
+    model = _as_model(source, dtype, trust)
+    artifact = _export_into_cache(model, exporter, progress)
+    engine = factory(
+        EngineRequest(
+            facts=artifact.facts,
+            artifact=artifact,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            options=options,
+        )
+    )
+    return Opened(engine, name, artifact.facts, model.source, model.tokenizer, model.generation_config)
+
+
+def _default_backend(source: str | os.PathLike[str] | Model | Artifact) -> str:
+    """Choose a backend that installing another package cannot change."""
+    if isinstance(source, Artifact):
+        return str(source.manifest["parity"].get("backend") or "torch")
+    return "torch"
+
+
+def _require_support(spec: BackendSpec, formats: tuple[str, ...], device: str, dtype: str) -> None:
+    support = spec.supports(formats=formats, device=device, dtype=dtype)
+    if not support.ok:
+        raise UnsupportedError(
+            f"backend {spec.name!r} cannot do this: {'; '.join(support.reasons)}. "
+            f"Installed backends: {', '.join(backends.names())} (see `lmopt backends`)."
+        )
+
+
+def _as_model(source: str | os.PathLike[str] | Model | Artifact, dtype: str, trust: bool) -> Model:
+    if isinstance(source, Model):
+        return source
+    place = source.path if isinstance(source, Artifact) else source
+    return Model.from_pretrained(place, dtype=dtype, trust=trust)
+
+
+def _exporter_for(spec: BackendSpec) -> str:
+    """Find an exporter that writes what the backend reads."""
+    for name in exporters.names():
+        if exporters.spec(name).format in spec.can.formats:
+            return name
+    raise UnsupportedError(
+        f"backend {spec.name!r} reads {', '.join(spec.can.formats)}, which no installed exporter writes "
+        f"({', '.join(exporters.names())}). Give it an artefact in that format."
+    )
+
+
+def _export_into_cache(model: Model, exporter: str, progress: Progress | None) -> Artifact:
+    worker = Exporter(exporter)
+    key = {
+        "exporter": exporter,
+        "target": worker.target,
+        "fingerprint": model.fingerprint(),
+        "lmopt": __version__,
+        "versions": worker.versions(),
+    }
+
+    def build(staging: Staging) -> None:
+        worker.write(model, staging, progress=progress)
+
+    return cached(key, build)
+
+
+def _tokenizer(artifact: Artifact) -> Tokenizer | None:
+    if "tokenizer.json" not in artifact.manifest["files"]:
+        return None
+    for name in artifact.manifest["files"]:
+        if name.startswith(("tokenizer", "special_tokens", "chat_template")):
+            artifact.file(name)
+    return Tokenizer.from_folder(artifact.path)
+
+
+def _generation_config(artifact: Artifact) -> dict[str, Any]:
+    try:
+        path: Path = artifact.file("generation_config.json")
+    except ArtifactNotFoundError:
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,128 @@
+"""Decide from a backend's declared capabilities which checks run on which cases."""
+
+import fnmatch
+import itertools
+import unittest
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lmopt.errors import UnsupportedOptionError
+from lmopt.registry import backends
+from lmopt.testing.case import Case
+from lmopt.testing.checks import ENGINE_CHECKS, SPEC_CHECKS, check_name
+from lmopt.testing.workshop import LIVE, MODELS, Workshop, exporter_for, missing_device
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCheck:
+    """One check, bound to what it examines; call it to run it.
+
+    Attributes:
+        name: Name of the check without `check_`.
+        case: What it examines, such as `"llama-onnx-cpu-float32"`, or `"spec"`.
+        rule: The rule that it proves.
+        action: Runs it; raises `unittest.SkipTest` where the rule does not apply.
+        expected_failure: Reason why it is expected to fail, `""` where it is not.
+    """
+
+    name: str
+    case: str
+    rule: str
+    action: Callable[[], None]
+    expected_failure: str = ""
+
+    @property
+    def id(self) -> str:
+        """`name[case]`, as reports and `expected_failures` write it."""
+        return f"{self.name}[{self.case}]"
+
+    def __call__(self) -> None:
+        """Run the check."""
+        self.action()
+
+
+def plan(
+    backend: str,
+    *,
+    models: Sequence[str] = tuple(MODELS),
+    devices: Sequence[str] | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+    workshop: Workshop | None = None,
+) -> list[PlannedCheck]:
+    """List every check that a backend's capabilities call for, building no model yet.
+
+    Args:
+        backend: Name of the backend.
+        models: Tiny models to run, of `lmopt.testing.models`.
+        devices: Devices to run on; those declared by the spec where `None`.
+        expected_failures: Check to reason. A key is a check's name (all its cases), an id
+            `name[case]`, or a pattern for ids with `*`.
+        workshop: Where models are built; its own where `None`.
+
+    Raises:
+        UnsupportedOptionError: A model is unknown, or a key of `expected_failures` fits no check.
+        PluginError: The backend's spec cannot be loaded.
+    """
+    unknown = set(models) - set(MODELS)
+    if unknown:
+        raise UnsupportedOptionError(f"no tiny model is named {sorted(unknown)}; there are {list(MODELS)}")
+    can = backends.spec(backend).can
+    workshop = workshop or Workshop()
+    planned = [_of_spec(backend, check) for check in SPEC_CHECKS]
+    usable = []
+    for device in devices or can.devices:
+        if reason := missing_device(device):
+            planned.append(PlannedCheck("device", device, reason, _skip(reason)))
+        else:
+            usable.append(device)
+    for model_format in can.formats:
+        if model_format != LIVE and not exporter_for(model_format):
+            reason = f"no installed exporter writes the format {model_format!r}"
+            planned.append(PlannedCheck("format", model_format, reason, _skip(reason)))
+            continue
+        for model, device, dtype in itertools.product(models, usable, can.dtypes):
+            make = workshop.case(backend, model, model_format, device, dtype)
+            case = f"{model}-{model_format}-{device}-{dtype}"
+            planned += [_of_case(check, case, make) for check in ENGINE_CHECKS]
+    return _mark(planned, expected_failures or {})
+
+
+def _of_spec(backend: str, check: Callable[[str], None]) -> PlannedCheck:
+    return PlannedCheck(check_name(check), "spec", _rule(check), lambda: check(backend))
+
+
+def _of_case(check: Callable[[Case], None], name: str, make: Callable[[], Case]) -> PlannedCheck:
+    return PlannedCheck(check_name(check), name, _rule(check), lambda: check(make()))
+
+
+def _rule(check: Callable[..., None]) -> str:
+    return (check.__doc__ or "").strip()
+
+
+def _skip(reason: str) -> Callable[[], None]:
+    def action() -> None:
+        raise unittest.SkipTest(reason)
+
+    return action
+
+
+def _mark(planned: Iterable[PlannedCheck], expected: Mapping[str, str]) -> list[PlannedCheck]:
+    marked, used = [], set()
+    for check in planned:
+        keys = [key for key in expected if key in (check.name, check.id) or _fits(check.id, key)]
+        used.update(keys)
+        reason = expected[keys[0]] if keys else ""
+        marked.append(
+            PlannedCheck(check.name, check.case, check.rule, check.action, reason) if keys else check
+        )
+    if unused := sorted(set(expected) - used):
+        names = ", ".join(sorted({check.name for check in marked}))
+        raise UnsupportedOptionError(
+            f"expected_failures names {unused}, which fits no check. Checks: {names}"
+        )
+    return marked
+
+
+def _fits(identity: str, pattern: str) -> bool:
+    # Brackets are part of an id here, not a set of characters.
+    return "*" in pattern and fnmatch.fnmatchcase(identity, pattern.replace("[", "[[]"))

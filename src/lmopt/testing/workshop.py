@@ -1,0 +1,179 @@
+"""Build the kit's tiny models in every format that a backend reads, each once, in a temporary folder."""
+
+import functools
+import json
+import tempfile
+import threading
+import unittest
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+
+from lmopt.artifact import Artifact, publish
+from lmopt.contracts import ExportRequest
+from lmopt.errors import PluginError, UnsupportedError
+from lmopt.registry import exporters
+from lmopt.testing import models
+from lmopt.testing.case import Case, Reference, Subject
+from lmopt.types import FloatArray, IntArray, ModelFacts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LIVE: Final = "module"
+"""The format of a live `torch.nn.Module`, which needs no exporter."""
+
+MODELS: Final[dict[str, Callable[[], Any]]] = {
+    "llama": models.tiny_llama,
+    "gpt": models.tiny_gpt,
+    "lstm": models.tiny_lstm,
+}
+"""Name to builder of the models that the kit runs."""
+
+
+def exporter_for(model_format: str) -> str:
+    """Name of an installed exporter that writes a format, `""` where there is none."""
+    for name in exporters.names():
+        try:
+            spec = exporters.spec(name)
+        except PluginError:
+            continue
+        if spec.format == model_format and all(need.is_met() for need in spec.requires):
+            return name
+    return ""
+
+
+def missing_device(device: str) -> str:
+    """Say why a device cannot be used on this machine, `""` where it can as far as is known."""
+    if device.partition(":")[0] != "cuda":
+        return ""
+    models.require_torch()
+    import torch
+
+    return "" if torch.cuda.is_available() else "this machine has no CUDA device"
+
+
+class Workshop:
+    """Makes cases on demand; what it builds is kept until it is closed, and nowhere after.
+
+    The parity gate of `lmopt.Exporter` is not run: judging what the engine makes of the files is
+    this kit's own work, and must not need a second engine.
+    """
+
+    def __init__(self) -> None:
+        # The finaliser of a TemporaryDirectory also removes it when the process ends.
+        self._folder = tempfile.TemporaryDirectory(prefix="lmopt-testing-")
+        self._built: dict[tuple[str, str, str], Subject] = {}
+        self._failed: dict[tuple[str, str, str], str] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        """Give the workshop itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove everything that was built."""
+        self.close()
+
+    def close(self) -> None:
+        """Remove everything that was built."""
+        self._built.clear()
+        self._folder.cleanup()
+
+    def case(
+        self, backend: str, model: str, model_format: str, device: str, dtype: str
+    ) -> Callable[[], Case]:
+        """Give a function that builds a case when it is called."""
+
+        def make() -> Case:
+            return Case(backend, self.subject(model, model_format, dtype), device, dtype)
+
+        return make
+
+    def subject(self, model: str, model_format: str, dtype: str) -> Subject:
+        """Build a model in a format, its weights in a compute type, unless that is done already."""
+        with self._lock:
+            key = (model, model_format, dtype)
+            if key in self._failed:
+                raise unittest.SkipTest(f"the model could not be built: {self._failed[key]}")
+            if key not in self._built:
+                try:
+                    self._built[key] = self._build(*key)
+                except Exception as error:
+                    # The check that came first fails with the error itself; the others need not.
+                    self._failed[key] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                    raise
+            return self._built[key]
+
+    def _build(self, model: str, model_format: str, dtype: str) -> Subject:
+        import torch
+
+        module = MODELS[model]().to(getattr(torch, dtype))
+        # The truth is computed in float32 from the weights as the type rounds them, so that only
+        # the engine's arithmetic is judged.
+        reference = reference_of(MODELS[model]().to(getattr(torch, dtype)).float())
+        facts = ModelFacts(
+            vocab_size=models.VOCAB_SIZE,
+            context_length=None if model == "lstm" else models.CONTEXT_LENGTH,
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            architecture=type(module).__name__,
+        )
+        if model_format == LIVE:
+            return Subject(model, model_format, facts, reference, module=module)
+        target = Path(self._folder.name) / f"{model}-{model_format}-{dtype}"
+        artifact = export(module, model_format, facts, target)
+        return Subject(model, model_format, facts, reference, artifact=artifact)
+
+
+def export(module: "nn.Module", model_format: str, facts: ModelFacts, target: Path) -> Artifact:
+    """Write a module in a format as a verified artefact, without the parity gate.
+
+    Args:
+        module: Language model in evaluation mode.
+        model_format: Format that an installed exporter writes.
+        facts: Facts of the model, which the manifest records.
+        target: Folder to create.
+
+    Raises:
+        unittest.SkipTest: The exporter declares that it does not write such a model.
+    """
+    name = exporter_for(model_format)
+    describe = getattr(getattr(module, "config", None), "to_json_string", None)
+    with publish(target) as staging:
+        request = ExportRequest(
+            module=module,
+            folder=staging.path,
+            facts=facts,
+            target=exporters.spec(name).targets[0],
+            config=json.loads(describe()) if describe else {},
+        )
+        try:
+            record = exporters.load(name)(request)
+        except UnsupportedError as error:
+            raise unittest.SkipTest(f"exporter {name!r} does not write this model: {error}") from error
+        staging.manifest["formats"][model_format] = record
+        staging.manifest["model"] = asdict(facts)
+    return Artifact.open(target)
+
+
+def reference_of(module: "nn.Module") -> Reference:
+    """Make the truth about a module: its own full forward pass over one row, without a cache."""
+    import torch
+
+    @functools.lru_cache(maxsize=1024)
+    def run(ids: tuple[int, ...]) -> FloatArray:
+        with torch.no_grad():
+            result = module(torch.tensor([ids]))
+        logits = result.logits if hasattr(result, "logits") else result[0]
+        return np.asarray(logits[0].float().numpy())
+
+    def reference(ids: IntArray) -> FloatArray:
+        return run(tuple(ids.tolist())).copy()
+
+    return reference

@@ -1,0 +1,156 @@
+"""What every test may rely on: the real assets, a cache of its own, and a closed network."""
+
+import functools
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+ASSETS = Path(os.environ.get("LMOPT_TEST_ASSETS") or Path.home() / ".cache" / "lmopt-test-assets")
+FETCH = f"{sys.executable} scripts/fetch_test_assets.py"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full-sweep",
+        action="store_true",
+        help="run the tests marked `slow` in full size (hours, not minutes)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "network: may open connections beyond this machine")
+    # Read by OpenMP when torch or numpy is first imported: never more threads than this process may use.
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := _gpu_problem()):
+        pytest.skip(reason)
+
+
+@functools.cache
+def _gpu_problem() -> str:
+    """Say why no CUDA device can be used, after computing something on it; `""` if one can."""
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return f"no CUDA device (torch {torch.__version__} finds none)"
+        ones = torch.ones(8, 8, device="cuda")
+        total = float((ones @ ones).sum())
+    except Exception as error:
+        return f"the CUDA device does not compute: {type(error).__name__}: {error}"
+    return "" if total == 512.0 else f"the CUDA device computes wrongly: 512 expected, {total} found"
+
+
+def _missing(what: str) -> NoReturn:
+    """Skip a test that lacks something from outside, or fail it where everything must be there.
+
+    A green run on a machine that sets LMOPT_REQUIRE_ASSETS=1 (`.ci/run` does) thus hides nothing.
+    """
+    if os.environ.get("LMOPT_REQUIRE_ASSETS") == "1":
+        pytest.fail(f"{what} (LMOPT_REQUIRE_ASSETS=1 forbids skipping)")
+    pytest.skip(what)
+
+
+def _asset(name: str) -> Path:
+    path = ASSETS / name
+    if not path.exists():
+        _missing(f"test asset {path} is not there; fetch it: {FETCH}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def missing() -> Callable[[str], NoReturn]:
+    """Call it with what is not there: skips, or fails where LMOPT_REQUIRE_ASSETS=1."""
+    return _missing
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, fp32."""
+    if not (ASSETS / "smollm2-135m.DONE").is_file():
+        _missing(f"test asset {ASSETS / 'smollm2-135m'} is not there, or not whole; make it: {FETCH}")
+    return _asset("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file (Q4_1)."""
+    return _asset("smollm2-135m-instruct-q4_1/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def wiki_text() -> str:
+    """2.7 million characters of Wikipedia: the text of the perplexity figures."""
+    return _asset("wiki.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def botchan_text() -> str:
+    """An English novel, for calibration and for prompts."""
+    return _asset("botchan.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def full_sweep(request: pytest.FixtureRequest) -> bool:
+    """Whether `--full-sweep` was given."""
+    return bool(request.config.getoption("--full-sweep"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give the session a cache that nobody else reads or writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMOPT_CACHE", str(tmp_path_factory.mktemp("lmopt-cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """Undo what a test does to torch's thread count, which is global to the process."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before is not None and sys.modules["torch"].get_num_threads() != before:
+        sys.modules["torch"].set_num_threads(before)
+
+
+class NetworkForbiddenError(RuntimeError):
+    """A test tried to leave this machine."""
+
+
+@pytest.fixture(autouse=True)
+def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse connections and name look-ups beyond this machine, unless a test is marked `network`."""
+    if request.node.get_closest_marker("network"):
+        return
+
+    def guard(name: str, owner: object, host_of: object) -> None:
+        real = getattr(owner, name)
+
+        def guarded(*args: object, **kwargs: object) -> object:
+            host = host_of(*args, **kwargs)
+            if not _is_local(host):
+                raise NetworkForbiddenError(
+                    f"this test tried to reach {host!r} ({name}). Mark it `network` if that is its purpose"
+                )
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, guarded)
+
+    for name in ("connect", "connect_ex"):
+        guard(name, socket.socket, lambda _socket, address: address[0] if isinstance(address, tuple) else "")
+    for name in ("getaddrinfo", "gethostbyname"):
+        guard(name, socket, lambda host, *_args, **_kwargs: host)
+
+
+def _is_local(host: object) -> bool:
+    """Say whether a host is this machine; a path of a Unix socket, given as `""`, is."""
+    if isinstance(host, bytes):
+        host = host.decode()
+    return host in (None, "", "localhost", "::1", socket.gethostname()) or str(host).startswith("127.")

@@ -1,0 +1,256 @@
+import json
+
+import numpy as np
+import pytest
+from defects import healthy
+from small_decoder import Config, Decoder, oracle, with_weight
+
+from lmopt.errors import (
+    EngineError,
+    InputError,
+    ParityError,
+    ShapeError,
+    TokenIdError,
+    UnsupportedError,
+    UnsupportedOptionError,
+)
+from lmopt.evaluation.cases import make_rows
+from lmopt.evaluation.divergence import LogitsDifference, compare_logits
+from lmopt.evaluation.parity import engine_reference, measure, require
+from lmopt.evaluation.report import CaseResult, ParityReport
+from lmopt.evaluation.tolerances import TOLERANCES, Tolerance
+from lmopt.types import ModelFacts
+
+CASES = ["prefill", "decode", "several", "batch-right", "batch-left", "select/join", "greedy"]
+
+
+def reference(config=None):
+    return oracle(config or Config(), healthy().weights)
+
+
+def scaled():
+    return with_weight(healthy(), "model.layers.1.mlp.up_proj", lambda w: w * 1.01)
+
+
+@pytest.mark.parametrize("context", [4, 5, 8, 16, 32, 64, 200, None])
+def test_any_context_length_is_used_to_its_end_and_not_beyond(context):
+    config = Config(context=context)
+    oracle_logits = reference(config)
+    asked = []
+
+    def watched(ids):
+        asked.append(len(ids))
+        return oracle_logits(ids)
+
+    class Bounded(Decoder):
+        def forward(self, input_ids, lengths, state, **options):
+            if self.config.context:
+                assert (state.lengths + lengths).max() <= self.config.context
+            return super().forward(input_ids, lengths, state, **options)
+
+    report = measure(watched, Bounded(config))
+    assert report.ok
+    assert [case.case for case in report.cases] == CASES
+    assert sum(asked) <= 600
+    if context and context <= 130:
+        assert max(asked) == context
+
+
+def test_prompt_lengths_not_seen_at_export_are_tried():
+    assert measure(reference(), healthy()).lengths == (1, 2, 7, 33, 130)
+    assert measure(reference(), healthy(), lengths=(5,)).ok
+
+
+def test_every_prompt_and_position_of_a_row_is_compared():
+    report = measure(reference(), healthy())
+    positions = {case.case: case.difference.positions for case in report.cases}
+    assert positions["prefill"] == 1 + 2 + 7 + 33 + 130
+    # chunks of 1, 3, 5, 2, 4 tokens, then six single ones a row
+    assert positions["batch-right"] == positions["batch-left"] == 173 + 15 + 5 * 6
+    assert positions["greedy"] == 4 * 32
+
+
+def test_left_padding_is_asked_for():
+    sides = []
+
+    class Watched(Decoder):
+        def begin(self, batch, *, capacity=None, padding_side="right"):
+            sides.append((batch, padding_side))
+            assert capacity
+            return super().begin(batch, capacity=capacity, padding_side=padding_side)
+
+    measure(reference(), Watched(Config()))
+    assert {(5, "left"), (5, "right")} <= set(sides)
+
+
+def test_the_same_seed_gives_the_same_report():
+    first, second = (json.dumps(measure(reference(), healthy(), seed=3).to_dict()) for _ in range(2))
+    assert first == second
+    assert first != json.dumps(measure(reference(), healthy(), seed=4).to_dict())
+
+
+def test_the_report_is_plain_json_without_nan():
+    class Broken(Decoder):
+        def last(self, logits, lengths):
+            return super().last(logits, lengths) * np.nan
+
+    report = measure(reference(), Broken(Config()))
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    assert not json.loads(text)["ok"]
+    assert json.loads(text)["cases"]["greedy"]["nonfinite"] == 128
+
+
+def test_progress_reaches_its_total():
+    calls = []
+    measure(reference(), healthy(), progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(n, 7) for n in range(8)]
+
+
+def test_require_lets_a_good_report_through():
+    require(measure(reference(), healthy()), what="it")
+
+
+def test_require_says_numbers_limits_case_and_next_step():
+    report = measure(reference(), scaled())
+    with pytest.raises(ParityError) as caught:
+        require(report, what="the export of x", locate="lmopt compare a b --bisect")
+    message = str(caught.value)
+    worst = report.worst.difference
+    for part in (
+        "the export of x",
+        repr(report.worst.case),
+        f"{worst.max_abs:.2e}",
+        "1e-04 x |reference|",
+        f"mean KL {worst.kl_mean:.2e} > 1e-08",
+        "lmopt compare a b --bisect",
+        "batch-left",
+        *report.lines(),
+    ):
+        assert part in message
+    assert caught.value.report is report
+
+
+def test_a_half_type_has_room_that_float32_has_not():
+    def coarse(w):  # ten bits of mantissa, as float16 has
+        return w.astype(np.float16).astype(np.float32)
+
+    weights = {name: coarse(weight) for name, weight in healthy().weights.items()}
+    engine = Decoder(Config(), weights, dtype="float16")
+    assert measure(reference(), engine, dtype="float16").ok
+    assert not measure(reference(), engine, dtype="float32").ok
+
+
+def test_a_tolerance_of_ones_own():
+    wide = Tolerance("wide", kl_mean=1, top1=0, perplexity_ratio=9)
+    assert measure(reference(), scaled(), tolerance=wide).ok
+
+
+def test_an_engine_is_a_reference_too():
+    assert measure(engine_reference(healthy()), healthy()).ok
+    assert not measure(engine_reference(scaled()), healthy()).ok
+
+
+def test_a_vocabulary_that_differs_is_told():
+    with pytest.raises(ShapeError, match="unpadded"):
+        measure(lambda ids: np.zeros((len(ids), 95), np.float32), healthy())
+
+    class Padded(Decoder):
+        def forward(self, *args, **options):
+            logits, state = super().forward(*args, **options)
+            return np.pad(logits, ((0, 0), (0, 0), (0, 4))), state
+
+    with pytest.raises(EngineError, match="100"):
+        measure(reference(), Padded(Config()))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"dtype": "float8"}, UnsupportedOptionError),
+        ({"prompts": []}, InputError),
+        ({"prompts": [[]]}, InputError),
+        ({"prompts": [[1, 96]]}, TokenIdError),
+        ({"prompts": [[-1]]}, TokenIdError),
+        ({"lengths": ()}, InputError),
+        ({"lengths": (0, 3)}, InputError),
+        ({"facts": ModelFacts(96, 3)}, UnsupportedError),
+    ],
+)
+def test_requests_that_make_no_sense(options, error):
+    with pytest.raises(error):
+        measure(reference(), healthy(), **options)
+
+
+def test_rows_begin_where_prompts_begin():
+    prompts = [[10, 11, 12, 13], [20, 21], [30, 31, 32]]
+    rows = make_rows(ModelFacts(96, None), prompts, (1, 2, 3, 4), 0)
+    assert [row.ids[0] for row in rows[:3]] == [10, 20, 30]
+    assert rows[0].ids[:6].tolist() == [10, 11, 12, 13, 20, 21]
+    assert len({tuple(row.ids[:4]) for row in rows}) == 4
+
+
+def difference(**changes):
+    same = compare_logits(np.ones((200, 4), np.float32), np.ones((200, 4), np.float32))
+    return LogitsDifference(**{**{name: getattr(same, name) for name in same.__slots__}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "ok"),
+    [
+        ("float32", {}, True),
+        ("float32", {"max_ratio": 1.0}, True),
+        ("float32", {"max_ratio": 1.001}, False),
+        ("float32", {"kl_mean": 1e-8}, True),
+        ("float32", {"kl_mean": 1.1e-8}, False),
+        ("float32", {"top1_misses": 1}, False),
+        ("float32", {"nonfinite": 1}, False),
+        ("float32", {"positions": 0}, False),
+        ("float32", {"kl_mean": float("nan")}, False),
+        ("float16", {"top1_misses": 1}, True),  # 99.5 % of 200
+        ("float16", {"top1_misses": 2}, False),
+        ("float16", {"top1_misses": 1, "positions": 40}, True),  # a short case may miss one
+        ("float16", {"top1_misses": 2, "positions": 40}, False),
+        ("float16", {"top1_misses": 0, "nonfinite": 1}, False),
+        ("bfloat16", {"top1_misses": 2}, True),
+        ("bfloat16", {"top1_misses": 3}, False),
+        ("bfloat16", {"kl_mean": 6e-4}, False),
+        ("int4", {"top1_misses": 20}, True),
+        ("int4", {"top1_misses": 21}, False),
+    ],
+)
+def test_verdicts_at_the_limits(dtype, changes, ok):
+    result = CaseResult.judge("x", difference(**changes), TOLERANCES[dtype])
+    assert result.ok is ok
+    assert (result.severity > 1) is not ok
+
+
+def test_a_report_without_cases_has_not_passed():
+    assert not ParityReport("x", TOLERANCES["float32"], (), (), "random", 0).ok
+
+
+class EqualRows(Decoder):
+    """Takes rows of equal length only, as a recurrent model does."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.ragged = False
+
+    def forward(self, input_ids, lengths, state, **options):
+        assert len(set(lengths)) == 1
+        assert input_ids.shape[1] == lengths[0]
+        assert len(set(state.lengths)) == 1
+        return super().forward(input_ids, lengths, state, **options)
+
+    def join(self, states):
+        assert len({int(length) for state in states for length in state.lengths}) == 1
+        return super().join(states)
+
+
+@pytest.mark.parametrize("context", [4, 9, 32, None])
+def test_an_engine_of_equal_rows_is_measured_in_every_case(context):
+    config = Config(context=context)
+    report = measure(reference(config), EqualRows(config))
+    assert report.ok
+    assert [case.case for case in report.cases] == CASES
+    weights = scaled().weights
+    assert not any(case.ok for case in measure(reference(config), EqualRows(config, weights)).cases)

@@ -1,0 +1,1 @@
+"""A conforming fake backend: what the conformance kit is itself tested on."""
