@@ -31,7 +31,7 @@ import lmopt
 
 # CI runs this file in a small size.
 QUICK = os.environ.get("LMOPT_EXAMPLE_QUICK") == "1"
-VOCABULARY, HIDDEN, STEPS = (512, 64, 60) if QUICK else (2000, 256, 500)
+VOCABULARY, HIDDEN, STEPS = (400, 48, 60) if QUICK else (1000, 256, 240)
 torch.manual_seed(0)
 
 # %% [markdown]
@@ -42,7 +42,9 @@ torch.manual_seed(0)
 # %%
 documents = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", documents)]
-prose = [text for text in paragraphs if re.match(r"[A-Z][a-z]", text) and text.endswith(".") and len(text) > 60]
+prose = [
+    text for text in paragraphs if re.match(r"[A-Z][a-z]", text) and text.endswith(".") and len(text) > 60
+]
 cut = len(prose) * 9 // 10
 training_text, held_out = "\n".join(prose[:cut]), "\n".join(prose[cut:])
 

@@ -1,24 +1,24 @@
 """The README.md that an artefact carries."""
 
+from collections.abc import Mapping
+
 from lmopt.evaluation import ParityReport
 from lmopt.model import Model
-from lmopt.spec import ExporterSpec
 
 
-def model_card(model: Model, spec: ExporterSpec, target: str, report: ParityReport | None) -> str:
+def model_card(model: Model, reports: Mapping[str, ParityReport | None]) -> str:
     """Describe an exported model for the people who find its folder.
 
     Args:
         model: The model that was exported.
-        spec: Exporter that wrote it.
-        target: Dialect.
-        report: What the parity gate measured, `None` where weights were compared bit by bit.
+        reports: Format to what the parity gate measured, `None` where weights were compared bit by
+            bit.
     """
     facts = model.facts
     lines = [
         f"# {model.source}",
         "",
-        f"Exported by lmopt in the format `{spec.format}` (target `{target}`).",
+        f"Exported by lmopt in the format {' and '.join(f'`{name}`' for name in reports)}.",
         "",
         f"- Architecture: {facts.architecture}",
         f"- Parameters: {facts.parameters:,}",
@@ -28,13 +28,19 @@ def model_card(model: Model, spec: ExporterSpec, target: str, report: ParityRepo
         "## Parity with the original",
         "",
     ]
-    if report is None:
-        lines.append("Every weight was read back and is equal to the original's, bit by bit.")
-    else:
-        lines += [f"Measured on {report.candidate}, limits of {report.tolerance.name}:", "", "```"]
-        lines += [*report.lines(), "```"]
+    for name, report in reports.items():
+        if report is None:
+            lines += [f"`{name}`: every weight was read back and equals the original's, bit by bit.", ""]
+        else:
+            lines += [
+                f"`{name}`, measured on {report.candidate}, limits of {report.tolerance.name}:",
+                "",
+                "```",
+                *report.lines(),
+                "```",
+                "",
+            ]
     lines += [
-        "",
         "## Use",
         "",
         "```python",

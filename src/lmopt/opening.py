@@ -102,7 +102,8 @@ def open_source(
 def _default_backend(source: str | os.PathLike[str] | Model | Artifact) -> str:
     """Choose a backend that installing another package cannot change."""
     if isinstance(source, Artifact):
-        return str(source.manifest["parity"].get("backend") or "torch")
+        for report in source.manifest["parity"].values():
+            return str(report["backend"])
     return "torch"
 
 

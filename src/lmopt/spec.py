@@ -107,7 +107,8 @@ class BackendSpec:
         reasons = []
         if not set(formats) & set(self.can.formats):
             reasons.append(f"it reads {', '.join(self.can.formats)}; given: {', '.join(formats) or 'none'}")
-        if device.partition(":")[0] not in self.can.devices:
+        kind, colon, index = device.partition(":")
+        if kind not in self.can.devices or (colon and not index.isdecimal()):
             reasons.append(f"it runs on {', '.join(self.can.devices)}; asked for: {device}")
         if dtype != "auto" and dtype not in self.can.dtypes:
             reasons.append(f"it computes in {', '.join(self.can.dtypes)}; asked for: {dtype}")

@@ -1,6 +1,6 @@
 """How far the logits of two models lie apart."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -86,15 +86,19 @@ class DifferenceMeter:
         self._kl: list[NDArray[np.float64]] = []
 
     def update(
-        self, reference: FloatArray, candidate: FloatArray, slack: NDArray[np.float64] | None = None
+        self,
+        reference: FloatArray,
+        candidate: FloatArray,
+        slack: Callable[[], NDArray[np.float64]] | None = None,
     ) -> None:
         """Add positions.
 
         Args:
             reference: `(..., vocab)` logits.
             candidate: Logits of the same shape.
-            slack: `(...)` what is added to the limit of each position's logits, for positions at
-                which the reference itself is uncertain; none where `None`.
+            slack: Gives `(positions,)` what may be added to the limit of each position's logits,
+                where the reference itself is uncertain. Called only if a logit exceeds the plain
+                limit, since it may cost a pass of the reference.
 
         Raises:
             ShapeError: The shapes differ, or there is no vocabulary axis.
@@ -104,10 +108,8 @@ class DifferenceMeter:
                 f"the reference has logits of shape {reference.shape}, the candidate of {candidate.shape}; "
                 "both must be (..., vocab) of the same shape."
             )
-        if slack is None:
-            slack = np.zeros(reference.shape[:-1])
-        for ref, cand, more in _chunks(reference, candidate, slack):
-            self._add(ref, cand, more)
+        for start, ref, cand in _chunks(reference, candidate):
+            self._add(ref, cand, None if slack is None else lambda a=start, n=len(ref): slack()[a : a + n])
 
     def merge(self, other: "DifferenceMeter") -> None:
         """Add everything that another meter of the same tolerance has gathered."""
@@ -143,12 +145,14 @@ class DifferenceMeter:
             cosine_min=self._cosine_min,
         )
 
-    def _add(self, reference: FloatArray, candidate: FloatArray, slack: NDArray[np.float64]) -> None:
+    def _add(
+        self, reference: FloatArray, candidate: FloatArray, slack: Callable[[], NDArray[np.float64]] | None
+    ) -> None:
         """Add a chunk of shape `(positions, vocab)` that is small enough to hold in float64."""
         ref, cand = reference.astype(np.float64), candidate.astype(np.float64)
         finite = np.isfinite(ref).all(axis=1) & np.isfinite(cand).all(axis=1)
         self._nonfinite += int((~finite).sum())
-        ref, cand, slack = ref[finite], cand[finite], slack[finite]
+        ref, cand = ref[finite], cand[finite]
         if not ref.size:
             return
         rows = np.arange(len(ref))
@@ -175,7 +179,9 @@ class DifferenceMeter:
         if self.tolerance.atol is not None:
             limit = np.abs(ref, out=ref)
             limit *= self.tolerance.rtol
-            limit += self.tolerance.atol + slack[:, None]
+            limit += self.tolerance.atol
+            if slack is not None and (error > limit).any():
+                limit += slack()[finite][:, None]
             self._max_ratio = max(self._max_ratio, float((error / limit).max()))
 
 
@@ -222,13 +228,9 @@ def _kl(
     return np.asarray(np.maximum(kl, 0.0))
 
 
-def _chunks(
-    reference: FloatArray, candidate: FloatArray, slack: NDArray[np.float64]
-) -> Iterator[tuple[FloatArray, FloatArray, NDArray[np.float64]]]:
+def _chunks(reference: FloatArray, candidate: FloatArray) -> Iterator[tuple[int, FloatArray, FloatArray]]:
     vocab = reference.shape[-1]
-    flat_slack = slack.reshape(-1)
     flat_ref, flat_cand = reference.reshape(-1, vocab), candidate.reshape(-1, vocab)
     step = max(1, _CHUNK_VALUES // max(1, vocab))
     for start in range(0, len(flat_ref), step):
-        end = start + step
-        yield flat_ref[start:end], flat_cand[start:end], flat_slack[start:end]
+        yield start, flat_ref[start : start + step], flat_cand[start : start + step]

@@ -7,6 +7,7 @@ turns a failed report into `ParityError`, so that nothing that failed is publish
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -152,16 +153,24 @@ def engine_reference(engine: Engine) -> Reference:
     return logits
 
 
-@dataclass(frozen=True, slots=True)
 class _Expected:
-    """What the reference says of a row, and how sure it is of each position."""
+    """What the reference says of a row, and, once that is asked for, how sure it is of each position."""
 
-    logits: FloatArray
-    slack: NDArray[np.float64]
+    def __init__(self, logits: FloatArray, uncertainty: Callable[[], FloatArray | None], most: float) -> None:
+        self._logits = logits
+        self._uncertainty = uncertainty
+        self._most = most
 
     def judge(self, meter: DifferenceMeter, seen: Seen) -> None:
         end = seen.start + len(seen.logits)
-        meter.update(self.logits[seen.start : end], seen.logits, self.slack[seen.start : end])
+        meter.update(self._logits[seen.start : end], seen.logits, lambda: self._slack[seen.start : end])
+
+    @cached_property
+    def _slack(self) -> NDArray[np.float64]:
+        uncertain = self._uncertainty()
+        if uncertain is None:
+            return np.zeros(len(self._logits))
+        return np.minimum(_ROUNDING_SHARE * uncertain.astype(np.float64), self._most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +189,8 @@ class _Oracle:
                 f"the reference gave logits of shape {logits.shape} for {len(ids)} tokens; "
                 f"expected {(len(ids), self.facts.vocab_size)}: one row for each token, unpadded."
             )
-        slack = np.zeros(len(ids))
-        if self.rounding is not None and self.limits.atol is not None:
-            uncertain = self.rounding(ids)
-            if uncertain is not None:
-                slack = np.minimum(_ROUNDING_SHARE * uncertain, _MOST_SLACK * self.limits.atol)
-        return _Expected(logits, slack.astype(np.float64))
+        rounding = self.rounding or (lambda ids: None)
+        return _Expected(logits, lambda: rounding(ids), _MOST_SLACK * (self.limits.atol or 0.0))
 
 
 def _tell(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:

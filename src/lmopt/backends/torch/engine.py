@@ -8,49 +8,71 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmopt.backends.torch.export_program import read_program
 from lmopt.backends.torch.language_model import Decoder, as_decoder
 from lmopt.backends.torch.spec import BACKEND
 from lmopt.contracts import EngineReport, EngineRequest, PaddingSide
-from lmopt.errors import ClosedError, DeviceError, InputError, ShapeError, UnsupportedOptionError
+from lmopt.errors import (
+    ClosedError,
+    DeviceError,
+    InputError,
+    ShapeError,
+    UnsupportedError,
+    UnsupportedOptionError,
+)
 from lmopt.platform import usable_cpus
 from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, ArrayState
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 
 def open_engine(request: EngineRequest) -> "TorchEngine":
-    """Open a live module; see `lmopt.contracts.EngineFactory`."""
+    """Open a live module, or a trusted torch.export program; see `lmopt.contracts.EngineFactory`."""
     BACKEND.require(device=request.device, dtype=request.dtype)
-    if request.options:
+    options = dict(request.options)
+    trust = options.pop("trust", False)
+    if options:
         raise UnsupportedOptionError(
-            f"backend 'torch' has no option {sorted(request.options)[0]!r}; it has none beyond "
-            "device, dtype and threads"
-        )
-    if request.module is None:
-        raise UnsupportedOptionError(
-            "backend 'torch' runs a live module; give lmopt.Runtime a model, not a file"
+            f"backend 'torch' has no option {sorted(options)[0]!r}; it has trust, beside device, dtype and threads"
         )
     if request.threads is not None and request.threads < 1:
         raise UnsupportedOptionError(f"threads is {request.threads}; expected at least 1")
     device = torch.device(request.device)
     if device.type == "cuda":
         _check_cuda(request.device)
+    decoder = _decoder(request, device, trust=trust)
+    torch.set_num_threads(request.threads or min(torch.get_num_threads(), usable_cpus()))
+    return TorchEngine(decoder, request.facts, device)
+
+
+def _decoder(request: EngineRequest, device: torch.device, *, trust: bool) -> Decoder:
+    """Wrap the live module, or read the program of the artefact."""
+    if request.module is None and request.artifact is None:
+        raise UnsupportedOptionError("backend 'torch' was given neither a module nor an artefact")
+    if request.module is None:
+        assert request.artifact is not None
+        program = read_program(request.artifact, request.facts.vocab_size, trust=trust)
+        has = str(next(program.parameters()).dtype).removeprefix("torch.")
+        if request.dtype not in {"auto", has} or device.type != "cpu":
+            raise UnsupportedError(
+                f"a torch.export program computes where and as it was exported: in {has}, on the cpu; asked "
+                f"for {request.dtype} on {request.device}. Run the original model there."
+            )
+        return program
     module: nn.Module = request.module
     parameter = next(module.parameters(), torch.zeros(()))
     dtype = parameter.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     if parameter.dtype != dtype or parameter.device != device:
         # The caller's module stays as it is.
         module = copy.deepcopy(module).to(device=device, dtype=dtype)
-    torch.set_num_threads(request.threads or min(torch.get_num_threads(), usable_cpus()))
-    return TorchEngine(as_decoder(module.eval()), request.facts, device, dtype)
+    return as_decoder(module.eval())
 
 
 class TorchEngine:
     """One module on one device; its state is a list of tensors."""
 
-    def __init__(self, decoder: Decoder, facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, decoder: Decoder, facts: ModelFacts, device: torch.device) -> None:
         self.facts = facts
         self._device = device
-        self._dtype = dtype
         self._signature = decoder.signature
         self._names = [one.past.name for one in decoder.signature.state]
         self._decoder: Decoder | None = decoder

@@ -26,17 +26,16 @@ FORMAT: Final = "safetensors"
 _NOT_IDENTITY: Final = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
 
 
-def write(loaded: Loaded, staging: Path) -> dict[str, Any]:
-    """Write weights, configuration and tokenizer into a folder.
+def write_weights(module: nn.Module, staging: Path) -> dict[str, Any]:
+    """Write weights, and for transformers models their configuration, into a folder.
 
     Args:
-        loaded: The model.
+        module: The model.
         staging: Existing folder.
 
     Returns:
         What the manifest says of the format `"safetensors"`.
     """
-    module = loaded.module
     dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in module.state_dict().values()})
     entry = {"class": type(module).__name__, "dtypes": dtypes}
     if is_transformers(module):
@@ -48,8 +47,6 @@ def write(loaded: Loaded, staging: Path) -> dict[str, Any]:
     else:
         save_model(module, str(staging / WEIGHTS))
         entry["library"] = "custom"
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save(staging)
     return entry
 
 
@@ -62,7 +59,9 @@ def save(loaded: Loaded, target: Path, *, source: str, overwrite: bool) -> Artif
     """
     needed = sum(one.numel() * one.element_size() for one in loaded.module.parameters())
     with publish(target, overwrite=overwrite, needed=needed) as draft:
-        draft.manifest["formats"] = {FORMAT: write(loaded, draft.path)}
+        draft.manifest["formats"] = {FORMAT: write_weights(loaded.module, draft.path)}
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save(draft.path)
         draft.manifest["model"] = asdict(loaded.facts)
         draft.manifest["source"] = {"name": source, "fingerprint": fingerprint(loaded.module, loaded.config)}
         draft.manifest["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}

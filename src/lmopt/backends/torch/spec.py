@@ -13,10 +13,10 @@ BACKEND = BackendSpec(
     name="torch",
     engine="lmopt.backends.torch.engine:open_engine",
     can=Capabilities(
-        formats=("module",),
+        formats=("module", "torch.export"),
         devices=("cpu", "cuda"),
         dtypes=("float32", "bfloat16", "float16"),
-        features=frozenset({"taps", "threads"}),
+        features=frozenset({"taps", "threads", "trust"}),
     ),
     requires=(_TORCH,),
     description="PyTorch eager: runs any model as it is, on CPU and CUDA",
@@ -45,7 +45,6 @@ SAFETENSORS = ExporterSpec(
     name="safetensors",
     export="lmopt.backends.torch.export_safetensors:export_safetensors",
     format="safetensors",
-    verify_with="torch",
     requires=(_TORCH,),
     description="weights in the Hugging Face layout",
 )

@@ -1,0 +1,42 @@
+"""The verbs, put together."""
+
+from typing import Annotated
+
+import typer
+
+from lmopt import __version__
+from lmopt.cli import backends, bench, chat, compare, demo, doctor, evaluate, export, run
+from lmopt.cli.verb import command
+
+app = typer.Typer(
+    help="Take a trained language model to its fastest trustworthy deployment: same tokens on every engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _lmopt(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(f"lmopt {__version__}")
+        raise typer.Exit
+
+
+for _name, _verb in {
+    "demo": demo.demo,
+    "run": run.run,
+    "chat": chat.chat,
+    "export": export.export,
+    "compare": compare.compare,
+    "bench": bench.bench,
+    "eval": evaluate.evaluate,
+    "backends": backends.list_backends,
+    "doctor": doctor.doctor,
+}.items():
+    app.command(_name)(command(_verb))

@@ -1,0 +1,87 @@
+"""`lmopt export`: write a model in an engine's format, through the parity gate."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lmopt.cli.opening import open_model
+from lmopt.cli.options import Source, Trust, assignments
+from lmopt.cli.output import Output, size
+from lmopt.cli.tables import parity_table
+
+if TYPE_CHECKING:
+    from lmopt.model import Model
+
+
+def export(
+    out: Output,
+    source: Source,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="Folder to create; it appears complete or not at all.", show_default=False
+        ),
+    ],
+    format_: Annotated[
+        str, typer.Option("--format", help="Name of an exporter; `lmopt backends` lists them.")
+    ] = "onnx",
+    target: Annotated[
+        str | None, typer.Option(help="Dialect of the format; default: the exporter's first.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the weights, or auto: the model's own.")] = "auto",
+    opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Any other option of the exporter; repeatable."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an artefact that is at OUT.")
+    ] = False,
+    trust: Trust = False,
+) -> None:
+    """Export a model and prove that the result computes the same.
+
+    Where the result differs from the model by more than the tolerance, nothing is written and the exit
+    status is 1.
+    """
+    from lmopt.evaluation import PeakMemory, folder_size_bytes
+    from lmopt.exporter import Exporter
+
+    options = assignments(option, "--option")
+    if opset is not None:
+        options["opset"] = opset
+    began = time.perf_counter()
+    with PeakMemory() as memory:
+        exporter = Exporter(format_, target=target, **options)
+        model = open_model(out, source, dtype=dtype, trust=trust)
+        with out.progress() as tell:
+            artifact = exporter.export(model, folder, overwrite=overwrite, progress=tell)
+    seconds = time.perf_counter() - began
+    parity = artifact.manifest["parity"]
+    if parity.get("cases"):
+        parity_table(out, parity)
+    else:
+        out.text("Every weight was read back and is equal to the original's, bit by bit.")
+    disk = folder_size_bytes(artifact.path)
+    out.text(
+        f"{artifact.path}: {', '.join(artifact.formats)}, {size(disk)}; {seconds:.0f} s in all, "
+        f"peak memory {size(memory.peak_bytes)} (the model's weights: {size(_weight_bytes(model))})"
+    )
+    out.note(f'Next: lmopt run {folder} "The capital of France is"')
+    out.result(
+        {
+            "artifact": artifact.path,
+            "formats": artifact.formats,
+            "bytes": disk,
+            "seconds": seconds,
+            "peak_memory_bytes": memory.peak_bytes,
+            "peak_memory_exact": memory.exact,
+            "parity": parity,
+        }
+    )
+
+
+def _weight_bytes(model: "Model") -> int:
+    return sum(one.numel() * one.element_size() for one in model.module.parameters())

@@ -1,0 +1,45 @@
+"""Options that several verbs share, each described once."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A Hugging Face folder or hub id, a .gguf file, or an lmopt artefact.", show_default=False
+    ),
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(help="Engine; default: torch, and for an artefact the engine that verified it."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... What is not there is an error.")]
+Dtype = Annotated[str, typer.Option(help="Compute type, or auto: the model's own.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads inside one operator; default: the CPU quota.")
+]
+Trust = Annotated[bool, typer.Option("--trust", help="Let code and pickles that come with the model run.")]
+
+
+def assignments(words: list[str] | None, option: str = "--set") -> dict[str, Any]:
+    """Read `name=value` words; a value is read as JSON where it is JSON, else as text.
+
+    >>> assignments(["top_k=5", "early_stopping=never", "eos_token_id=[1, 2]"])
+    {'top_k': 5, 'early_stopping': 'never', 'eos_token_id': [1, 2]}
+
+    Raises:
+        typer.BadParameter: A word has no `=`.
+    """
+    found: dict[str, Any] = {}
+    for word in words or []:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{word!r} is not of the form name=value", param_hint=option)
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            # Python's own words are what people write who know the fields from Python.
+            found[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return found

@@ -1,0 +1,127 @@
+"""Open what was just written in the engine it is for, and hold it against the original."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from lmopt.contracts import Engine, EngineRequest
+from lmopt.errors import LmoptError, ParityError, UnsupportedError
+from lmopt.evaluation import ParityReport, Tolerance, locate, measure, require
+from lmopt.model import Model
+from lmopt.registry import backends
+from lmopt.spec import ExporterSpec
+from lmopt.types import IntArray
+
+# Real text in several scripts, so that the gate meets tokens from all over the vocabulary.
+GATE_TEXTS: Final = (
+    "The quick brown fox jumps over the lazy dog, while 3,141 engineers debate whether the model that they "
+    "exported yesterday still says what it said before. It must: nobody should have to check twice.",
+    "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)  # fails on an empty list\n",
+    "Los niños jugaban en el jardín; später kamen die Eltern hinzu, et tout le monde riait de bon cœur.",
+    "机器学习模型应当在每个引擎上给出相同的结果。今日は良い天気ですね。Привет, как дела? مرحبا بالعالم 🙂",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _StagedView:
+    """A staging folder as an engine sees it: the files have just been written by this process."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+
+def model_dtype(model: Model) -> str:
+    """Name the type of a model's weights."""
+    return str(next(model.module.parameters()).dtype).removeprefix("torch.")
+
+
+def check_dtype(model: Model, spec: ExporterSpec) -> None:
+    """Refuse what the verifying engine cannot compute before an hour is spent on it.
+
+    Raises:
+        UnsupportedError: The engine does not compute in the model's dtype.
+    """
+    if not spec.verify_with:
+        return
+    dtype, can = model_dtype(model), backends.spec(spec.verify_with).can.dtypes
+    if dtype not in can:
+        raise UnsupportedError(
+            f"the model is in {dtype}; {spec.verify_with} computes in {', '.join(can)}. Load it in one of "
+            f"these: lmopt.Model.from_pretrained({model.source!r}, dtype={can[0]!r})"
+        )
+
+
+def verify(
+    model: Model,
+    spec: ExporterSpec,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    *,
+    tolerance: Tolerance | None,
+    progress: Callable[[int, int], None],
+) -> ParityReport | None:
+    """Run the parity gate on a staged export.
+
+    Args:
+        model: The original.
+        spec: Exporter that wrote the folder.
+        folder: Staging folder.
+        manifest: Its manifest so far; the format's entry must be there.
+        tolerance: Limits, or `None` for those of the model's dtype.
+        progress: Called with cases done and their total.
+
+    Returns:
+        The report, or `None` where the exporter itself compares bit by bit.
+
+    Raises:
+        ParityError: With the numbers and, where it can be found, the first operator that differs.
+    """
+    if not spec.verify_with:
+        return None
+    # A program that this very process has just written is trusted.
+    trusted = "trust" in backends.spec(spec.verify_with).can.features
+    request = EngineRequest(
+        facts=model.facts,
+        artifact=_StagedView(folder, manifest),
+        options={"trust": True} if trusted else {},
+    )
+    candidate: Engine = backends.load(spec.verify_with)(request)
+    try:
+        reference = backends.load("torch", target="lmopt.backends.torch.reference:FullForward")(model.module)
+        prompts = None
+        if model.tokenizer is not None:
+            prompts = [ids for text in GATE_TEXTS if (ids := model.tokenizer.encode(text))]
+        report = measure(
+            reference,
+            candidate,
+            facts=model.facts,
+            dtype=model_dtype(model),
+            prompts=prompts,
+            tolerance=tolerance,
+            rounding=reference.rounding,
+            progress=progress,
+        )
+        try:
+            require(report, what=f"the {spec.name} export of {model.source} (nothing was published)")
+        except ParityError as error:
+            raise ParityError(f"{error}\n{_where(model, candidate, prompts)}", error.report) from None
+    finally:
+        candidate.close()
+    return report
+
+
+def _where(model: Model, candidate: Engine, prompts: list[list[int]] | None) -> str:
+    """Say which operator differs first, if that can be found."""
+    vocab_size = model.facts.vocab_size
+    ids: IntArray = np.arange(3, 27) % vocab_size if prompts is None else np.array(prompts[0][:24])
+    try:
+        engine = backends.load("torch")(EngineRequest(facts=model.facts, module=model.module))
+        return str(locate(engine, candidate, ids, dtype=model_dtype(model)))
+    except LmoptError as error:
+        return f"The place could not be found: {error}"

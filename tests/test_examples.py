@@ -1,0 +1,68 @@
+"""The examples run as they are, in a small size, and become notebooks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def run(name: str, folder: Path, *arguments: str) -> str:
+    """Run an example in an empty folder and give what it prints."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=folder,
+        env={**os.environ, "LMOPT_EXAMPLE_QUICK": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_there_is_a_test_for_each_example() -> None:
+    assert SCRIPTS == ["lstm_tutorial.py", "swap_engines.py"]
+
+
+def test_the_tutorial_lstm_learns_and_runs_on_both_engines(tmp_path: Path) -> None:
+    said = run("lstm_tutorial.py", tmp_path)
+    assert "after training" in said
+    lines = said.splitlines()
+    texts = [line.split(maxsplit=1)[1] for line in lines if line.startswith(("torch  ", "onnxruntime  "))]
+    assert len(texts) == 2
+    assert texts[0] == texts[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["lstm-onnx"]
+
+
+@pytest.mark.real_model
+def test_engines_are_swapped_without_a_change(tmp_path: Path, smollm2: Path) -> None:
+    said = run("swap_engines.py", tmp_path, str(smollm2))
+    for backend in ("torch", "onnxruntime"):
+        assert f"{backend:12} ' Paris" in said
+        assert f"{backend}: cpu, float32" in said
+    assert "8 identical tokens" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_is_a_notebook_too(name: str) -> None:
+    import jupytext
+
+    notebook = jupytext.read(EXAMPLES / name)
+    kinds = [cell.cell_type for cell in notebook.cells]
+    assert kinds[0] == "markdown"
+    assert notebook.cells[0].source.startswith("# ")
+    assert kinds.count("code") >= 3
+    assert kinds.count("markdown") >= 3
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            compile(cell.source, name, "exec")
+    # Nothing is lost on the way there and back.
+    again = jupytext.reads(jupytext.writes(notebook, fmt="ipynb"), fmt="ipynb")
+    assert [cell.source for cell in again.cells] == [cell.source for cell in notebook.cells]

@@ -1,0 +1,164 @@
+"""The promises on a real model: the same tokens and the same perplexity on both engines."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lmopt.evaluation import TOLERANCES
+from lmopt.model import Model
+from lmopt.runtime import Runtime
+from lmopt.types import FloatArray
+
+pytestmark = pytest.mark.real_model
+
+BACKENDS = ("torch", "onnxruntime")
+LIMITS = TOLERANCES["float32"]
+PROMPTS, NEW_TOKENS, BATCH = 20, 128, 8
+FRANCE, FRANCE_IDS = "The capital of France is", [504, 3575, 282, 4649, 314]
+# Written down from transformers' own eager run, greedy.
+CONTINUATION = [7042, 30, 198, 198, 504, 2988, 314, 42]
+TOP_IDS = [7042, 260, 4528, 2250, 1315]
+TOP_LOGITS = [17.371, 14.889, 13.245, 13.010, 12.952]
+
+
+@pytest.fixture(scope="module")
+def runtimes(smollm2: Path) -> Iterator[dict[str, Runtime]]:
+    model = Model.from_pretrained(smollm2)
+    found = {name: Runtime(model, backend=name) for name in BACKENDS}
+    yield found
+    for one in found.values():
+        one.close()
+
+
+@pytest.fixture(params=BACKENDS)
+def runtime(request: pytest.FixtureRequest, runtimes: dict[str, Runtime]) -> Runtime:
+    return runtimes[request.param]
+
+
+@pytest.fixture(scope="module")
+def prompts(runtimes: dict[str, Runtime], wiki_text: str) -> list[list[int]]:
+    """Pieces of real text of 1 to 120 tokens."""
+    tokenizer = runtimes["torch"].tokenizer
+    assert tokenizer is not None
+    ids = tokenizer.encode(wiki_text[:200_000], add_special_tokens=False)
+    rng = np.random.default_rng(0)
+    lengths = np.linspace(1, 120, PROMPTS).astype(int)
+    starts = rng.integers(0, len(ids) - 200, PROMPTS)
+    rows = [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    return [rows[place] for place in rng.permutation(PROMPTS)]
+
+
+def reference(runtimes: dict[str, Runtime], row: list[int]) -> FloatArray:
+    """Logits of the module as transformers runs it: one row, one pass, no cache."""
+    module = runtimes["torch"].engine._open().module  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        logits: FloatArray = module(torch.tensor([row])).logits[0].numpy()
+    return logits
+
+
+def is_greedy(logits: FloatArray, tokens: list[int]) -> np.ndarray:
+    """Say of each token whether it is the likeliest, or as likely as rounding can tell."""
+    best = logits.max(-1)
+    gap = best - logits[np.arange(len(tokens)), tokens]
+    tied: np.ndarray = gap <= 2 * (LIMITS.tie + LIMITS.tie * np.abs(best))
+    return tied
+
+
+# Equal tokens -----------------------------------------------------------------------------------
+
+
+def test_every_greedy_token_is_torchs_alone_and_in_batches(
+    runtimes: dict[str, Runtime], prompts: list[list[int]]
+) -> None:
+    # torch decodes 2.5 times slower; given the tokens so far, one pass of it judges all of a row.
+    runtime = runtimes["onnxruntime"]
+    options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": None}
+    alone = [runtime.generate(row, **options).token_ids for row in prompts]
+    together = [
+        one.token_ids
+        for start in range(0, PROMPTS, BATCH)
+        for one in runtime.generate(prompts[start : start + BATCH], **options)
+    ]
+    checked = 0
+    for row, *ways in zip(prompts, alone, together, strict=True):
+        for tokens in {tuple(way): list(way) for way in ways}.values():  # one pass where both agree
+            assert len(tokens) == NEW_TOKENS
+            logits = reference(runtimes, row + tokens)[len(row) - 1 : -1]
+            greedy = is_greedy(logits, tokens)
+            assert greedy.all(), f"token {int(np.argmin(greedy))} after {row[:8]}... is not torch's"
+        checked += len(ways[0])
+    assert checked == PROMPTS * NEW_TOKENS
+    differing = sum(one != two for one, two in zip(alone, together, strict=True))
+    assert differing <= 1, "batches may differ from single rows at an exact tie only"
+
+
+def test_torch_itself_decodes_the_same_tokens(runtimes: dict[str, Runtime], prompts: list[list[int]]) -> None:
+    rows = prompts[:3]
+    found = {
+        name: [one.token_ids for one in runtime.generate(rows, max_new_tokens=24, eos_token_id=None)]
+        for name, runtime in runtimes.items()
+    }
+    assert found["torch"] == found["onnxruntime"]
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_padding_leaves_no_trace(runtime: Runtime, prompts: list[list[int]], padding_side: str) -> None:
+    rows = [row for row in prompts if len(row) <= 80][:4]
+    engine = runtime.engine
+    state = engine.begin(len(rows), padding_side=padding_side)  # type: ignore[arg-type]
+    # Read in two parts, so that the second meets a cache with padding in it.
+    halves = [(row[: (len(row) + 1) // 2], row[(len(row) + 1) // 2 :] or row[-1:]) for row in rows]
+    seen: list[list[FloatArray]] = [[] for _ in rows]
+    for part in (0, 1):
+        lengths = np.array([len(half[part]) for half in halves])
+        ids = np.zeros((len(rows), lengths.max()), np.int64)
+        for line, half in zip(ids, halves, strict=True):
+            line[: len(half[part])] = half[part]
+        logits, state = engine.forward(ids, lengths, state)
+        for place, length in enumerate(lengths):
+            seen[place].append(logits[place, :length])
+    for half, parts in zip(halves, seen, strict=True):
+        alone = runtime.logits(half[0] + half[1])
+        assert np.allclose(np.concatenate(parts), alone, atol=2 * LIMITS.atol, rtol=2 * LIMITS.rtol)
+
+
+# Figures ----------------------------------------------------------------------------------------
+
+
+def test_the_gate_measured_what_is_promised(runtimes: dict[str, Runtime]) -> None:
+    parity = runtimes["onnxruntime"].engine._artifact.manifest["parity"]  # type: ignore[attr-defined]
+    assert parity["ok"] is True
+    for name, case in parity["cases"].items():
+        assert case["kl_mean"] <= 1e-8, name
+        assert case["top1"] == 1.0, name
+    assert {"prefill", "greedy"} < set(parity["cases"])
+
+
+def test_perplexity_of_real_text(runtime: Runtime, wiki_text: str) -> None:
+    found = runtime.perplexity(wiki_text[:40_000], context=512, stride=512, tokens=4096)
+    assert (found.tokens, found.tokens_scored) == (4096, 4088)
+    assert found.value == pytest.approx(21.440, abs=0.01)
+
+
+def test_the_next_token_of_a_known_sentence(runtime: Runtime) -> None:
+    assert runtime.tokenizer is not None
+    assert runtime.tokenizer.encode(FRANCE) == FRANCE_IDS
+    last = runtime.logits(FRANCE)[-1]
+    assert np.argsort(-last)[:5].tolist() == TOP_IDS
+    assert np.allclose(last[TOP_IDS], TOP_LOGITS, atol=6e-4)
+    assert runtime.generate(FRANCE, max_new_tokens=8).token_ids == CONTINUATION
+
+
+def test_a_known_question_is_answered(runtime: Runtime) -> None:
+    answer = runtime.chat([{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=32)
+    assert answer.text == "The capital of France is Paris."
+    assert answer.finish_reason == "stop"
+    assert answer.token_ids[-1] == 2
+
+
+def test_a_known_story_begins(runtime: Runtime) -> None:
+    text = "".join(runtime.stream("Once upon a time, in a small village,", max_new_tokens=12))
+    assert text.strip().startswith("there was a wise old wizard named El")
