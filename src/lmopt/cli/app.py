@@ -1,6 +1,7 @@
 """The verbs, put together."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Final
 
 import typer
 
@@ -17,18 +18,23 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _lmopt(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)
-    ] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"lmopt {__version__}")
         raise typer.Exit
 
 
-for _name, _verb in {
+@app.callback()
+def _lmopt(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and stop.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
+    """Stand above the verbs."""
+
+
+_VERBS: Final[dict[str, Callable[..., None]]] = {
     "demo": demo.demo,
     "run": run.run,
     "chat": chat.chat,
@@ -38,5 +44,6 @@ for _name, _verb in {
     "eval": evaluate.evaluate,
     "backends": backends.list_backends,
     "doctor": doctor.doctor,
-}.items():
+}
+for _name, _verb in _VERBS.items():
     app.command(_name)(command(_verb))

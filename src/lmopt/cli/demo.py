@@ -27,6 +27,7 @@ def demo(
     source: Annotated[
         str | None,
         typer.Argument(
+            metavar="[SOURCE]",
             help="A Hugging Face folder or hub id, or a .gguf file; default: SmolLM2-135M, downloaded once (93 MB).",
             show_default=False,
         ),

@@ -1,6 +1,7 @@
 """What the machine offers: processors, memory, disk, CUDA; and the switches of what reports home."""
 
 import ctypes
+import importlib
 import os
 import shutil
 import sys
@@ -44,7 +45,7 @@ def check_machine() -> list[Finding]:
 def check_cuda() -> Finding:
     """Say whether a CUDA device can be used, and if not, why; no context is made."""
     try:
-        from cuda.bindings import runtime
+        runtime = importlib.import_module("cuda.bindings.runtime")
     except (ImportError, OSError):
         return _driver()
     error, count = runtime.cudaGetDeviceCount()

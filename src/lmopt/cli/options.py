@@ -8,7 +8,9 @@ import typer
 Source = Annotated[
     str,
     typer.Argument(
-        help="A Hugging Face folder or hub id, a .gguf file, or an lmopt artefact.", show_default=False
+        metavar="SOURCE",
+        help="A Hugging Face folder or hub id, a .gguf file, or an lmopt artefact.",
+        show_default=False,
     ),
 ]
 Backend = Annotated[

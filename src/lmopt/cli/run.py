@@ -22,7 +22,8 @@ def run(
     out: Output,
     source: Source,
     prompt: Annotated[
-        str, typer.Argument(help="Text to continue; - reads it from stdin.", show_default=False)
+        str,
+        typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.", show_default=False),
     ],
     backend: Backend = None,
     device: Device = "cpu",

@@ -109,7 +109,8 @@ class DifferenceMeter:
                 "both must be (..., vocab) of the same shape."
             )
         for start, ref, cand in _chunks(reference, candidate):
-            self._add(ref, cand, None if slack is None else lambda a=start, n=len(ref): slack()[a : a + n])
+            part = slice(start, start + len(ref))
+            self._add(ref, cand, None if slack is None else lambda part=part: slack()[part])
 
     def merge(self, other: "DifferenceMeter") -> None:
         """Add everything that another meter of the same tolerance has gathered."""
