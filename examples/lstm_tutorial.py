@@ -121,7 +121,7 @@ assert after.value < before.value / 2
 
 # %%
 artifact = lmopt.Exporter("onnx").export(model, "lstm-onnx", overwrite=True)
-parity = artifact.manifest["parity"]
+parity = artifact.manifest["parity"]["onnx"]
 print(f"{len(parity['cases'])} cases passed the gate; files: {', '.join(sorted(artifact.manifest['files']))}")
 
 # %% [markdown]

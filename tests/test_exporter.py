@@ -172,7 +172,7 @@ def test_a_family_passes_the_gate_and_gives_the_authors_tokens_on_both_engines(
 ) -> None:
     model, artifact = export(name)
     same_tokens_everywhere(model, artifact)
-    parity = artifact.manifest["parity"]
+    parity = artifact.manifest["parity"]["onnx"]
     assert parity["backend"] == "onnxruntime"
     assert {"prefill", "greedy"} < set(parity["cases"])
 
@@ -436,7 +436,7 @@ def test_the_callers_tolerance_is_the_gates(damaged: Callable[..., Model], tmp_p
     loose = TOLERANCES["int4"]
     model = damaged("own_llama", "model.layers.1.mlp.down_proj", 1.01)
     artifact = Exporter("damaged", tolerance=loose).export(model, tmp_path / "out")
-    assert artifact.manifest["parity"]["tolerance"]["name"] == "int4"
+    assert artifact.manifest["parity"]["onnx"]["tolerance"]["name"] == "int4"
 
 
 # The target -------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_padding_leaves_no_trace(runtime: Runtime, prompts: list[list[int]], pad
 
 
 def test_the_gate_measured_what_is_promised(runtimes: dict[str, Runtime]) -> None:
-    parity = runtimes["onnxruntime"].engine._artifact.manifest["parity"]  # type: ignore[attr-defined]
+    parity = runtimes["onnxruntime"].engine._artifact.manifest["parity"]["onnx"]  # type: ignore[attr-defined]
     assert parity["ok"] is True
     for name, case in parity["cases"].items():
         assert case["kl_mean"] <= 1e-8, name

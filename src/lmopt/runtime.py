@@ -59,6 +59,7 @@ class Runtime:
         threads: Threads inside one operator; `None` follows the process's CPU quota.
         tokenizer: In place of the model's own.
         trust: Whether code and pickles that come with `source` may run.
+        progress: Called with the stage's name, steps done and their total, where an export is needed.
         **options: Options of the backend.
 
     Raises:
@@ -171,9 +172,15 @@ class Runtime:
         cancel: Cancel | None = None,
         **options: Any,
     ) -> Generator[str, None, Generation]:
-        """Continue one prompt and yield the text while it grows; options as for `generate`.
+        """Continue one prompt and yield the text while it grows.
 
         Leaving the loop, or closing the generator, stops generation.
+
+        Args:
+            prompt: As for `generate`.
+            config: As for `generate`.
+            cancel: As for `generate`.
+            **options: As for `generate`.
 
         Raises:
             TokenizerError: The model has no tokenizer.

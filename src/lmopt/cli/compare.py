@@ -102,7 +102,7 @@ def _common_facts(ours: "Runtime", theirs: "Runtime") -> Any:
 
 def _prompts(ours: "Runtime", theirs: "Runtime", text: Path | None) -> list[list[int]] | None:
     """Ids to compare on, `None` for random ones where neither side has a tokenizer."""
-    from lmopt.exporter import GATE_TEXTS
+    from lmopt.gate import GATE_TEXTS
 
     tokenizer = ours.tokenizer or theirs.tokenizer
     if tokenizer is None:

@@ -62,7 +62,7 @@ def demo(
     with out.progress() as tell, PeakMemory() as memory:
         artifact = Exporter("onnx").export(model, folder, overwrite=True, progress=tell)
     seconds = time.perf_counter() - start
-    parity_table(out, artifact.manifest["parity"])
+    parity_table(out, artifact.manifest["parity"]["onnx"])
     out.text(
         f"Exported and verified in {seconds:.0f} s, peak memory {size(memory.peak_bytes)}: {artifact.path}"
     )

@@ -25,8 +25,13 @@ def export(
         ),
     ],
     format_: Annotated[
-        str, typer.Option("--format", help="Name of an exporter; `lmopt backends` lists them.")
-    ] = "onnx",
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="Name of an exporter; `lmopt backends` lists them. Repeatable: one folder then holds several "
+            "formats. Default: onnx.",
+        ),
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="Dialect of the format; default: the exporter's first.")
     ] = None,
@@ -54,16 +59,17 @@ def export(
         options["opset"] = opset
     began = time.perf_counter()
     with PeakMemory() as memory:
-        exporter = Exporter(format_, target=target, **options)
+        exporter = Exporter(*(format_ or []), target=target, **options)
         model = open_model(out, source, dtype=dtype, trust=trust)
         with out.progress() as tell:
             artifact = exporter.export(model, folder, overwrite=overwrite, progress=tell)
     seconds = time.perf_counter() - began
     parity = artifact.manifest["parity"]
-    if parity.get("cases"):
-        parity_table(out, parity)
-    else:
-        out.text("Every weight was read back and is equal to the original's, bit by bit.")
+    for name in artifact.formats:
+        if name in parity:
+            parity_table(out, parity[name])
+        else:
+            out.text(f"{name}: every weight was read back and is equal to the original's, bit by bit.")
     disk = folder_size_bytes(artifact.path)
     out.text(
         f"{artifact.path}: {', '.join(artifact.formats)}, {size(disk)}; {seconds:.0f} s in all, "

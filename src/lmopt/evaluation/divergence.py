@@ -109,8 +109,7 @@ class DifferenceMeter:
                 "both must be (..., vocab) of the same shape."
             )
         for start, ref, cand in _chunks(reference, candidate):
-            part = slice(start, start + len(ref))
-            self._add(ref, cand, None if slack is None else lambda part=part: slack()[part])
+            self._add(ref, cand, slack, start)
 
     def merge(self, other: "DifferenceMeter") -> None:
         """Add everything that another meter of the same tolerance has gathered."""
@@ -147,11 +146,15 @@ class DifferenceMeter:
         )
 
     def _add(
-        self, reference: FloatArray, candidate: FloatArray, slack: Callable[[], NDArray[np.float64]] | None
+        self,
+        reference: FloatArray,
+        candidate: FloatArray,
+        slack: Callable[[], NDArray[np.float64]] | None,
+        start: int,
     ) -> None:
         """Add a chunk of shape `(positions, vocab)` that is small enough to hold in float64."""
         ref, cand = reference.astype(np.float64), candidate.astype(np.float64)
-        finite = np.isfinite(ref).all(axis=1) & np.isfinite(cand).all(axis=1)
+        finite: NDArray[np.bool_] = np.isfinite(ref).all(axis=1) & np.isfinite(cand).all(axis=1)
         self._nonfinite += int((~finite).sum())
         ref, cand = ref[finite], cand[finite]
         if not ref.size:
@@ -182,7 +185,7 @@ class DifferenceMeter:
             limit *= self.tolerance.rtol
             limit += self.tolerance.atol
             if slack is not None and (error > limit).any():
-                limit += slack()[finite][:, None]
+                limit += slack()[start : start + len(reference)][finite][:, None]
             self._max_ratio = max(self._max_ratio, float((error / limit).max()))
 
 

@@ -221,6 +221,10 @@ class GenerationConfig:
     def new_tokens(self, prompt_length: int, context_length: int | None) -> int:
         """Most new tokens for a prompt.
 
+        Args:
+            prompt_length: Tokens of the prompt.
+            context_length: Positions that the model has, `None` where it has no limit.
+
         Raises:
             ContextLengthError: They do not fit into the model's context, or the prompt alone is
                 longer than `max_length`.
