@@ -15,21 +15,17 @@ A difference between an engine and its loop is what lmopt costs, or gains.
 import argparse
 import json
 import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import lmopt
-from lmopt.artifact import Artifact, cache_folder
+from lmopt.artifact import cache_folder
 from lmopt.cli.assets import fetch_smollm2
-from lmopt.contracts import Engine, EngineReport
 from lmopt.evaluation import Figure, compare_speed
 from lmopt.platform import machine
-from lmopt.signature import ArrayState
 from lmopt.types import FloatArray, IntArray, ModelFacts
 
 
@@ -94,7 +90,9 @@ class SessionLoop:
         return logits[:, -1:], present
 
 
-def run(source: str | Path, *, prompt_tokens: int, new_tokens: int, rounds: int, batch: int) -> dict[str, Any]:
+def run(
+    source: str | Path, *, prompt_tokens: int, new_tokens: int, rounds: int, batch: int
+) -> dict[str, Any]:
     """Measure everything on one model.
 
     Args:
@@ -109,27 +107,30 @@ def run(source: str | Path, *, prompt_tokens: int, new_tokens: int, rounds: int,
     """
     load_before = os.getloadavg()
     model = lmopt.Model.from_pretrained(source, dtype="float32")
-    with (
-        lmopt.Runtime(model, backend="torch") as eager,
-        lmopt.Runtime(model, backend="onnxruntime", progress=_tell) as exported,
-    ):
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = lmopt.Exporter("onnx").export(model, Path(folder) / "onnx")
+        graph = artifact.file("model.onnx")
+        eager = lmopt.Runtime(model, backend="torch")
+        exported = lmopt.Runtime(artifact, backend="onnxruntime")
         reports = {one.backend: one.report() for one in (eager, exported)}
-        graph = _graph_of(exported.engine)
         engines: dict[str, Any] = {
             "torch": eager.engine,
             "transformers loop": TransformersLoop(model.module, model.facts),
             "onnxruntime": exported.engine,
             "onnxruntime loop": SessionLoop(graph, model.facts, reports["onnxruntime"].actual.threads),
         }
-        _require_equal_tokens(engines)
+        require_equal_tokens(engines)
         speed = compare_speed(
             engines,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rounds=rounds,
             batch=batch,
-            progress=lambda done, total: _tell("measure", done, total),
+            progress=lambda done, total: print(f"\rround {done}/{total}", end="", flush=True),
         )
+        print()
+        eager.close()
+        exported.close()
     decode = {name: one.decode_tokens_per_s.median for name, one in speed.items()}
     return {
         "machine": machine(),
@@ -143,6 +144,21 @@ def run(source: str | Path, *, prompt_tokens: int, new_tokens: int, rounds: int,
             "onnxruntime / onnxruntime loop": decode["onnxruntime"] / decode["onnxruntime loop"],
         },
     }
+
+
+def require_equal_tokens(engines: dict[str, Any]) -> None:
+    """Stop where the loops do not do the same work as the engines."""
+    found = {}
+    for name, engine in engines.items():
+        ids, tokens = np.arange(100, 116)[None], []
+        state = engine.begin(1, capacity=32)
+        for _ in range(8):
+            logits, state = engine.forward(ids, np.array([ids.shape[1]]), state, last_only=True)
+            ids = logits[:, -1].argmax(-1)[:, None]
+            tokens.append(int(ids[0, 0]))
+        found[name] = tokens
+    if len({tuple(tokens) for tokens in found.values()}) != 1:
+        raise SystemExit(f"the tokens differ, so the speeds cannot be compared: {found}")
 
 
 def main() -> None:

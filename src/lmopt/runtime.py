@@ -11,7 +11,7 @@ import numpy as np
 
 from lmopt.artifact import Artifact
 from lmopt.contracts import Engine, EngineReport
-from lmopt.errors import ClosedError, DtypeError, InputError, ShapeError, TokenizerError
+from lmopt.errors import ClosedError, ContextLengthError, DtypeError, InputError, ShapeError, TokenizerError
 from lmopt.evaluation import Perplexity, perplexity
 from lmopt.generation import Generation, GenerationConfig, Token, generate, score, stream
 from lmopt.generation.cohorts import for_unequal_rows
@@ -218,6 +218,11 @@ class Runtime:
 
         Returns:
             `(sequence, vocab_size)` float32 for one row, a list of such arrays for a list.
+
+        Raises:
+            ContextLengthError: A row is longer than the model's context.
+            ShapeError: A row holds no token.
+            TokenIdError: An id is outside the vocabulary.
         """
         engine = for_unequal_rows(self.engine)
         prompts, many = _rows(ids)
@@ -225,6 +230,11 @@ class Runtime:
         if any(row.size == 0 for row in rows):
             raise ShapeError("a row holds no token; logits follow tokens")
         lengths = np.array([row.size for row in rows])
+        limit = self.facts.context_length
+        if limit is not None and lengths.max() > limit:
+            raise ContextLengthError(
+                f"a row has {lengths.max()} tokens; the model's context has {limit}. Split it."
+            )
         batch = np.zeros((len(rows), lengths.max()), np.int64)
         for line, row in zip(batch, rows, strict=True):
             line[: row.size] = row

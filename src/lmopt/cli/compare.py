@@ -13,9 +13,13 @@ from lmopt.cli.tables import parity_table
 from lmopt.errors import InputError, LmoptError
 
 if TYPE_CHECKING:
+    from lmopt.contracts import Engine
+    from lmopt.evaluation.parity import Rounding
     from lmopt.runtime import Runtime
+    from lmopt.types import FloatArray, IntArray
 
 _BISECT_TOKENS: Final = 24
+_PIECE: Final = 7
 _COARSER: Final = ("float32", "float16", "bfloat16")
 
 
@@ -74,6 +78,7 @@ def compare(
                 facts=facts,
                 dtype=tolerance or coarser,
                 prompts=prompts,
+                rounding=_rounding(ours.engine),
                 progress=lambda done, total: tell("compare", done, total),
             )
         place = _locate(out, ours, theirs, prompts, coarser) if bisect else None
@@ -87,6 +92,25 @@ def compare(
     elif not report.ok:
         out.note("--bisect finds the first block and operator that differ")
     out.result({"parity": report.to_dict(), **({"bisect": place} if bisect else {})})
+
+
+def _rounding(engine: "Engine") -> "Rounding":
+    """Measure what the order of operations does to A itself, as the gate does: it reads a row in pieces."""
+    import numpy as np
+
+    from lmopt.evaluation import engine_reference
+
+    def rounding(ids: "IntArray") -> "FloatArray":
+        whole = engine_reference(engine)(ids)
+        state, parts = engine.begin(1, capacity=len(ids)), []
+        for start in range(0, len(ids), _PIECE):
+            piece = ids[None, start : start + _PIECE]
+            logits, state = engine.forward(piece, np.array([piece.shape[1]]), state)
+            parts.append(logits[0])
+        largest: FloatArray = np.abs(np.concatenate(parts) - whole).max(-1)
+        return largest
+
+    return rounding
 
 
 def _common_facts(ours: "Runtime", theirs: "Runtime") -> Any:

