@@ -69,7 +69,7 @@ def plot(path: Path, title: str, speeds: "Mapping[str, Speed]", quality: "Mappin
         )
     right.set_yticks(range(len(names)), names)
     right.set_ylim(-0.6, len(names) - 0.3)
-    right.set_xlabel("perplexity (less is better; equal is the point)")
+    right.set_xlabel("perplexity ± its standard error (less is better)")
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
