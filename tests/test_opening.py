@@ -25,16 +25,37 @@ from lmopt.model import Model
 from lmopt.registry import backends
 from lmopt.runtime import Runtime
 from lmopt.spec import BackendSpec, Capabilities, Requirement
-from lmopt.testing.models import VOCAB_SIZE, tiny_llama
+from lmopt.testing.models import VOCAB_SIZE
 
 TEXT = "w5 w17 w40 w41"
+
+
+def small_llama() -> torch.nn.Module:
+    """One layer: this file exports it several times."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        module = transformers.LlamaForCausalLM(config).eval()
+        for weight in module.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.3)
+    return module
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder, written by transformers itself."""
     place = tmp_path_factory.mktemp("opening") / "tiny"
-    module = tiny_llama()
+    module = small_llama()
     module.generation_config.max_new_tokens = 7
     module.generation_config.eos_token_id = None
     module.save_pretrained(place)
@@ -143,7 +164,7 @@ def test_a_tokenizer_of_the_callers_wins(artifact: Artifact, folder: Path) -> No
         models.WordLevel({f"w{n}": (n + 1) % VOCAB_SIZE for n in range(VOCAB_SIZE)}, unk_token="w0")
     )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    own = Model.from_module(tiny_llama(), backend).tokenizer
+    own = Model.from_module(small_llama(), backend).tokenizer
     with Runtime(artifact, tokenizer=own) as runtime, Runtime(artifact) as plain:
         shifted = [6, 18, 41, 42]
         assert runtime.generate(TEXT).token_ids == plain.generate(shifted).token_ids
