@@ -347,7 +347,9 @@ def _rows(prompt: Any) -> tuple[list[Prompt], bool]:
         return (list(prompt), True) if prompt.ndim == 2 else ([prompt], False)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise DtypeError(f"a prompt is a text or a row of token ids, not {type(prompt).__name__}")
-    numbers = [isinstance(one, int | np.integer) and not isinstance(one, bool) for one in prompt]
+    if strange := [one for one in prompt if isinstance(one, float | bool | np.floating)]:
+        raise DtypeError(f"a prompt holds {strange[0]!r}; token ids are whole numbers")
+    numbers = [isinstance(one, int | np.integer) for one in prompt]
     if all(numbers):
         return [list(prompt)], False
     if any(numbers):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmopt.errors import EngineError
 from lmopt.types import FloatArray, IntArray
 
 # Uneven, so that every size class of a matrix product's kernels is met.
@@ -63,6 +64,16 @@ class FullForward:
         return torch.from_numpy(np.ascontiguousarray(ids, np.int64))[None].to(self._device)
 
     def _run(self, row: Tensor, state: Any) -> tuple[Tensor, Any]:
+        try:
+            return self._call(row, state)
+        except Exception as error:
+            raise EngineError(
+                f"{type(self._module).__name__} itself fails on a row of {row.shape[1]} tokens "
+                f"({type(error).__name__}: {error}). If it has a longest row, say so: "
+                "lmopt.Model.from_module(module, context_length=...)"
+            ) from error
+
+    def _call(self, row: Tensor, state: Any) -> tuple[Tensor, Any]:
         if hasattr(self._module, "config") and hasattr(self._module.config, "use_cache"):
             result = self._module(input_ids=row, past_key_values=state, use_cache=True)
             return result.logits, result.past_key_values
