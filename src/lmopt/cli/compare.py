@@ -88,7 +88,9 @@ def compare(
         if not case.ok:
             out.text(f"{case.case}: {'; '.join(case.failures)}", style="red")
     if place is not None:
-        out.text(place["message"])
+        # Within the limits a jump is rounding, such as a sum that cancels: no defect is to be suggested.
+        harmless = report.ok and place.get("block") is not None
+        out.text(("All limits hold, so this is rounding: " if harmless else "") + place["message"])
     elif not report.ok:
         out.note("--bisect finds the first block and operator that differ")
     out.result({"parity": report.to_dict(), **({"bisect": place} if bisect else {})})

@@ -117,11 +117,13 @@ def run_trials(
             tell("perplexity", place, len(quick))
             one.speed = speeds[one.name]
             one.perplexity = runtimes[one.name].perplexity(text, tokens=_TEXT_TOKENS)
+        tell("perplexity", len(quick), len(quick))
         for place, one in enumerate(trials):
             tell("measure memory", place, len(trials))
             one.memory = footprint(places[one.name], backend=one.name, trust=trust)
             if "problem" in one.memory:
                 one.notes.append(f"no memory figure: {one.memory['problem']}")
+        tell("measure memory", len(trials), len(trials))
     return trials
 
 
@@ -129,7 +131,9 @@ def _estimate(runtime: "Runtime", prompt_tokens: int, new_tokens: int) -> dict[s
     """Seconds that generating and measuring will take, from a small probe."""
     from lmopt.evaluation import measure_speed
 
-    found = measure_speed(runtime.engine, prompt_tokens=min(16, prompt_tokens), new_tokens=2, rounds=1)
+    found = measure_speed(
+        runtime.engine, prompt_tokens=min(16, prompt_tokens), new_tokens=2, rounds=1, warm_up=0
+    )
     a_token = found.token_p50_ms.median / 1e3
     # A prompt of 16 tokens tells little of the rate at long prompts; it errs on the slow side.
     reading = 1 / found.prefill_tokens_per_s.median

@@ -21,7 +21,7 @@ from lmopt.backends.torch.genai_config import genai_config
 from lmopt.backends.torch.language_model import Decoder, as_decoder
 from lmopt.backends.torch.tracing import export_program
 from lmopt.contracts import ExportRequest
-from lmopt.errors import ExportError, UnsupportedOptionError
+from lmopt.errors import ExportError, UnsupportedError, UnsupportedOptionError
 from lmopt.signature import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
 from lmopt.types import BATCH, PAST, SEQUENCE, TOTAL, TensorSpec
 
@@ -29,6 +29,7 @@ from lmopt.types import BATCH, PAST, SEQUENCE, TOTAL, TensorSpec
 OPSET: Final = 21
 GRAPH: Final = "model.onnx"
 DATA: Final = "model.onnx.data"
+RECURRENT: Final = frozenset({"GRU", "LSTM", "RNN"})
 
 
 def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
@@ -43,6 +44,7 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
 
     Raises:
         ExportError: torch cannot trace or translate the module.
+        UnsupportedError: No engine runs the result: a recurrent model in float16.
         UnsupportedOptionError: An option that is not `opset`, or an opset below 18.
     """
     options = dict(request.options)
@@ -68,6 +70,13 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
     taps = _find_taps(model)
     _name_boundary(model, decoder)
     _tidy(model)
+    operators = sorted({node.op_type for node in model.graph})
+    dtype = str(next(decoder.parameters()).dtype).removeprefix("torch.")
+    if dtype == "float16" and (recurrent := RECURRENT & set(operators)):
+        raise UnsupportedError(
+            f"{type(request.module).__name__} in float16 becomes a graph with {sorted(recurrent)[0]}, on which "
+            "ONNX Runtime (1.31 and 1.32) crashes the process. Export it in float32."
+        )
     ir.save(model, request.folder / GRAPH, external_data=DATA, size_threshold_bytes=1024)
     files = [name for name in (GRAPH, DATA) if (request.folder / name).exists()]
     if request.config:
@@ -76,7 +85,8 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
     produced = {id(value) for node in model.graph for value in node.outputs}
     return {
         "files": files,
-        "dtype": str(next(decoder.parameters()).dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "operators": operators,
         "opset": opset,
         "target": request.target,
         "taps": [[name, value.name] for name, value in taps.items() if id(value) in produced],

@@ -1,6 +1,7 @@
 """Trace a decoder once, with every axis that can vary left free."""
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -9,41 +10,58 @@ import torch
 from torch import Tensor, nn
 
 from lmopt.backends.torch.language_model import Decoder
-from lmopt.errors import ExportError
+from lmopt.errors import ExportError, UnsupportedError
 from lmopt.types import BATCH, PAST
 
 # Sizes of the sample: all above 1, which torch would take for fixed, and all different.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 
 
-def export_program(decoder: Decoder) -> tuple["torch.export.ExportedProgram", tuple[Any, ...]]:
+def export_program(
+    decoder: Decoder, *, may_fix: bool
+) -> tuple["torch.export.ExportedProgram", tuple[Any, ...]]:
     """Trace a decoder with free batch, length and past.
 
     Args:
         decoder: From `as_decoder`.
+        may_fix: Whether the trace may be repeated with wishes instead of demands for free sizes.
+            torch's shape rule of an LSTM fixes the length although the operator does not: a
+            translation of operators stays free then, the program itself does not.
 
     Returns:
         The program, and the sample arguments `(input_ids, attention_mask, position_ids, state)`.
 
     Raises:
-        ExportError: The module branches on values or fixes a size; torch's reason is kept.
+        UnsupportedError: A size is fixed, and may not be.
+        ExportError: The module branches on values; torch's reason is kept.
     """
     arguments, free = sample_arguments(decoder)
+    name = type(decoder.module).__name__
     with warnings.catch_warnings(), torch.no_grad(), traceable(decoder.module):
         warnings.simplefilter("ignore")
         try:
-            try:
-                program = torch.export.export(decoder, arguments, dynamic_shapes=free, strict=False)
-            except Exception:
-                # torch's shape rule of an LSTM fixes the length although the operator does not: let
-                # it, and let the parity gate find whether a length is really fixed.
-                program = torch.export.export(decoder, arguments, dynamic_shapes=_hinted(free), strict=False)
+            return torch.export.export(decoder, arguments, dynamic_shapes=free, strict=False), arguments
+        except Exception as error:
+            fixed = error
+        try:
+            program = torch.export.export(decoder, arguments, dynamic_shapes=_hinted(free), strict=False)
         except Exception as error:
             raise ExportError(
-                f"torch cannot trace {type(decoder.module).__name__} for any batch and length: {error}\n"
+                f"torch cannot trace {name} for any batch and length: {plain_reason(error)}\n"
                 "A forward must not branch on values, nor fix the batch or the length."
             ) from error
+    if not may_fix:
+        raise UnsupportedError(
+            f"torch fixes a size when it traces {name}, so the program would serve one length only: "
+            f"{plain_reason(fixed)}"
+        ) from fixed
     return program, arguments
+
+
+def plain_reason(error: Exception) -> str:
+    """Give the first lines of torch's explanation, without colours and advice."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return "\n".join(text.splitlines()[:4])
 
 
 def sample_arguments(decoder: Decoder) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
