@@ -19,7 +19,7 @@ from onnxscript import optimizer
 
 from lmopt.backends.torch.genai_config import genai_config
 from lmopt.backends.torch.language_model import Decoder, as_decoder
-from lmopt.backends.torch.tracing import export_program
+from lmopt.backends.torch.tracing import export_program, plain_reason
 from lmopt.contracts import ExportRequest
 from lmopt.errors import ExportError, UnsupportedError, UnsupportedOptionError
 from lmopt.signature import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
@@ -54,7 +54,7 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
     if not isinstance(opset, int) or opset < 18:
         raise UnsupportedOptionError(f"opset is {opset!r}; expected a whole number of at least 18")
     decoder = as_decoder(request.module)
-    program, arguments = export_program(decoder)
+    program, arguments = export_program(decoder, may_fix=True)
     with _quiet():
         try:
             translated = torch.onnx.export(
@@ -62,7 +62,7 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
             )
         except Exception as error:
             raise ExportError(
-                f"torch cannot write {type(request.module).__name__} as ONNX: {error}"
+                f"torch cannot write {type(request.module).__name__} as ONNX: {plain_reason(error)}"
             ) from error
     assert translated is not None
     model = translated.model

@@ -25,12 +25,13 @@ def export_pt2(request: ExportRequest) -> Mapping[str, Any]:
 
     Raises:
         ExportError: torch cannot trace or save the module.
+        UnsupportedError: torch fixes a size in the program, as it does for an LSTM.
         UnsupportedOptionError: An option was given.
     """
     if request.options:
         raise UnsupportedOptionError(f"exporter 'torch.export' has no option {sorted(request.options)[0]!r}")
     decoder = as_decoder(request.module)
-    program, _ = export_program(decoder)
+    program, _ = export_program(decoder, may_fix=False)
     try:
         torch.export.save(program, request.folder / PROGRAM)
     except Exception as error:
