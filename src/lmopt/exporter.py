@@ -1,8 +1,9 @@
 """Write a model in an engine's format, prove that it is still the same model, then publish it."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -109,6 +110,10 @@ class Exporter:
             ExportError, ParityError, UnsupportedError: As for `export`.
         """
         tell = progress or _silent
+        with _evaluating(model):
+            self._write(model, staging, tell)
+
+    def _write(self, model: Model, staging: Staging, tell: Progress) -> None:
         for spec in self._specs:
             check_dtype(model, spec)
         staging.manifest["model"] = asdict(model.facts)
@@ -151,6 +156,18 @@ class Exporter:
             except PackageNotFoundError:
                 continue
         return found
+
+
+@contextlib.contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """Switch dropout and the like off, and leave every part as it was."""
+    modes = [(part, part.training) for part in model.module.modules()]
+    model.module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _write_companions(model: Model, folder: Path) -> None:

@@ -3,11 +3,18 @@
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmopt.artifact import Artifact, is_artifact
-from lmopt.errors import ArtifactError, ArtifactNotFoundError, NotInstalledError, UnsupportedError
+from lmopt.errors import (
+    ArtifactError,
+    ArtifactNotFoundError,
+    NotInstalledError,
+    UnsupportedError,
+    UnsupportedOptionError,
+)
 from lmopt.registry import pip_line
 from lmopt.spec import Requirement
 from lmopt.tokenizer import Tokenizer
@@ -114,7 +121,9 @@ class Model:
             generation_config: Defaults of generation, by the names of `lmopt.GenerationConfig`.
 
         Raises:
-            UnsupportedError: The module does not map ids to logits, or is not causal.
+            UnsupportedError: The module does not map ids to logits, is not causal, or has another
+                vocabulary than `vocab_size`.
+            UnsupportedOptionError: `config` or `vocab_size` for a transformers model, which states them.
             TokenizerError: The tokenizer needs Python code of its own.
         """
         _require_torch()
@@ -123,13 +132,22 @@ class Model:
 
         known = None if tokenizer is None else as_tokenizer(tokenizer)
         if description.is_transformers(module):
+            if config is not None or vocab_size is not None:
+                raise UnsupportedOptionError("a transformers model states its own config and vocab_size")
             loaded = description.from_transformers(module, known)
+            if context_length is not None:
+                loaded.facts = replace(loaded.facts, context_length=context_length)
         else:
             module.eval()
+            found = description.find_vocab_size(module)
+            if vocab_size not in (None, found):
+                raise UnsupportedError(
+                    f"vocab_size is {vocab_size}, but the module's logits have {found} values"
+                )
             loaded = description.Loaded(
                 module=module,
                 facts=ModelFacts(
-                    vocab_size=vocab_size or description.find_vocab_size(module),
+                    vocab_size=found,
                     context_length=context_length or description.context_length(config or {}),
                     parameters=description.count_parameters(module),
                     architecture=type(module).__name__,

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def open_source(
         _require_support(spec, source.formats, device, dtype)
         if "trust" in spec.can.features and trust:
             options = {**options, "trust": True}
+        tokenizer, defaults = _tokenizer(source), _generation_config(source)
         engine = factory(
             EngineRequest(
                 facts=source.facts,
@@ -65,9 +66,7 @@ def open_source(
                 options=options,
             )
         )
-        return Opened(
-            engine, name, source.facts, source.path.name, _tokenizer(source), _generation_config(source)
-        )
+        return Opened(engine, name, source.facts, source.path.name, tokenizer, defaults)
     if "module" in spec.can.formats:
         _require_support(spec, ("module",), device, dtype)
         model = _as_model(source, dtype, trust)
@@ -86,9 +85,11 @@ def open_source(
     _require_support(spec, (exporters.spec(exporter).format,), device, dtype)
     model = _as_model(source, dtype, trust)
     artifact = _export_into_cache(model, exporter, progress)
+    if "trust" in spec.can.features and trust:
+        options = {**options, "trust": True}
     engine = factory(
         EngineRequest(
-            facts=artifact.facts,
+            facts=model.facts,
             artifact=artifact,
             device=device,
             dtype=dtype,
@@ -96,7 +97,7 @@ def open_source(
             options=options,
         )
     )
-    return Opened(engine, name, artifact.facts, model.source, model.tokenizer, model.generation_config)
+    return Opened(engine, name, model.facts, model.source, model.tokenizer, model.generation_config)
 
 
 def _default_backend(source: str | os.PathLike[str] | Model | Artifact) -> str:
@@ -125,9 +126,13 @@ def _as_model(source: str | os.PathLike[str] | Model | Artifact, dtype: str, tru
 
 def _exporter_for(spec: BackendSpec) -> str:
     """Find an exporter that writes what the backend reads."""
-    for name in exporters.names():
-        if exporters.spec(name).format in spec.can.formats:
-            return name
+    fits = [one.spec for one in exporters.status() if one.spec and one.spec.format in spec.can.formats]
+    if fits:
+        # One that is verified on this very backend first, then one that is called like its format, so
+        # that installing another package changes nothing.
+        return min(
+            fits, key=lambda one: (one.verify_with != spec.name, one.name != one.format, one.name)
+        ).name
     raise UnsupportedError(
         f"backend {spec.name!r} reads {', '.join(spec.can.formats)}, which no installed exporter writes "
         f"({', '.join(exporters.names())}). Give it an artefact in that format."
@@ -140,6 +145,7 @@ def _export_into_cache(model: Model, exporter: str, progress: Progress | None) -
         "exporter": exporter,
         "target": worker.target,
         "fingerprint": model.fingerprint(),
+        "facts": asdict(model.facts),
         "lmopt": __version__,
         "versions": worker.versions(),
     }

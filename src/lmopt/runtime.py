@@ -344,6 +344,8 @@ def _rows(prompt: Any) -> tuple[list[Prompt], bool]:
             raise DtypeError(f"ids have dtype {prompt.dtype}; expected whole numbers (int64)")
         if prompt.ndim not in (1, 2):
             raise ShapeError(f"ids have shape {prompt.shape}; expected (sequence,) or (batch, sequence)")
+        if prompt.ndim == 2 and not len(prompt):
+            raise ShapeError("ids hold no row; expected (batch, sequence), batch at least 1")
         return (list(prompt), True) if prompt.ndim == 2 else ([prompt], False)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise DtypeError(f"a prompt is a text or a row of token ids, not {type(prompt).__name__}")

@@ -257,7 +257,7 @@ def check_step(
         ShapeError: Axes or sizes do not fit.
         TokenIdError: An id that is not padding lies outside the vocabulary.
     """
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ShapeError(
             f"input_ids has shape {input_ids.shape}; expected (batch, sequence), both at least 1"
         )

@@ -146,6 +146,13 @@ AttentionMaskInterface.register(NAME, additive_position_mask)
 
 
 @contextlib.contextmanager
+def own_attention() -> Iterator[None]:
+    """Keep every transformers model on its author's attention while the block runs."""
+    with _switch:
+        yield
+
+
+@contextlib.contextmanager
 def position_attention(model: PreTrainedModel) -> Iterator[None]:
     """Run a transformers model with the attention and masks of this module, then restore its own."""
     with _switch, contextlib.ExitStack() as stack:

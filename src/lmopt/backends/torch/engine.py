@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmopt.backends.torch.export_program import read_program
-from lmopt.backends.torch.language_model import Decoder, as_decoder
+from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name
 from lmopt.backends.torch.spec import BACKEND
 from lmopt.contracts import EngineReport, EngineRequest, PaddingSide
 from lmopt.errors import (
@@ -23,6 +23,9 @@ from lmopt.errors import (
 from lmopt.platform import usable_cpus
 from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, ArrayState
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
+
+# What torch chose at its import; torch keeps one number for the whole process.
+_DEFAULT_THREADS = torch.get_num_threads()
 
 
 def open_engine(request: EngineRequest) -> "TorchEngine":
@@ -39,9 +42,11 @@ def open_engine(request: EngineRequest) -> "TorchEngine":
     device = torch.device(request.device)
     if device.type == "cuda":
         _check_cuda(request.device)
+        device = torch.device("cuda", device.index or 0)
     decoder = _decoder(request, device, trust=trust)
-    torch.set_num_threads(request.threads or min(torch.get_num_threads(), usable_cpus()))
-    return TorchEngine(decoder, request.facts, device)
+    return TorchEngine(
+        decoder, request.facts, device, request.threads or min(_DEFAULT_THREADS, usable_cpus())
+    )
 
 
 def _decoder(request: EngineRequest, device: torch.device, *, trust: bool) -> Decoder:
@@ -51,7 +56,7 @@ def _decoder(request: EngineRequest, device: torch.device, *, trust: bool) -> De
     if request.module is None:
         assert request.artifact is not None
         program = read_program(request.artifact, request.facts.vocab_size, trust=trust)
-        has = str(next(program.parameters()).dtype).removeprefix("torch.")
+        has = dtype_name(program)
         if request.dtype not in {"auto", has} or device.type != "cpu":
             raise UnsupportedError(
                 f"a torch.export program computes where and as it was exported: in {has}, on the cpu; asked "
@@ -70,8 +75,9 @@ def _decoder(request: EngineRequest, device: torch.device, *, trust: bool) -> De
 class TorchEngine:
     """One module on one device; its state is a list of tensors."""
 
-    def __init__(self, decoder: Decoder, facts: ModelFacts, device: torch.device) -> None:
+    def __init__(self, decoder: Decoder, facts: ModelFacts, device: torch.device, threads: int) -> None:
         self.facts = facts
+        self._threads = threads
         self._device = device
         self._signature = decoder.signature
         self._names = [one.past.name for one in decoder.signature.state]
@@ -95,6 +101,8 @@ class TorchEngine:
     ) -> tuple[FloatArray, ArrayState]:
         """Read new tokens; see `lmopt.contracts.Engine.forward`."""
         decoder = self._open()
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
         step = self._signature.step(input_ids, lengths, state)
         ids, mask, positions = (
             torch.from_numpy(step.feeds[name]).to(self._device) if name in step.feeds else None
@@ -143,7 +151,7 @@ class TorchEngine:
             backend="torch",
             device=str(weight.device),
             dtype=str(weight.dtype).removeprefix("torch."),
-            threads=torch.get_num_threads(),
+            threads=self._threads,
             versions={"torch": torch.__version__},
             details={"module": type(module).__name__, "ragged": self.ragged},
         )
@@ -188,7 +196,7 @@ def _keep(shown: dict[str, AnyArray], name: str) -> Any:
         ]
         # Of several side by side (cosine and sine) a graph cannot tell which is meant.
         if len(tensors) == 1:
-            shown[name] = tensors[0].detach().float().cpu().numpy()
+            shown[name] = tensors[0].detach().float().cpu().numpy().copy()
 
     return hook
 

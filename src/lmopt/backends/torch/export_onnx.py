@@ -18,7 +18,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from lmopt.backends.torch.genai_config import genai_config
-from lmopt.backends.torch.language_model import Decoder, as_decoder
+from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name
 from lmopt.backends.torch.tracing import export_program, plain_reason
 from lmopt.contracts import ExportRequest
 from lmopt.errors import ExportError, UnsupportedError, UnsupportedOptionError
@@ -71,7 +71,7 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
     _name_boundary(model, decoder)
     _tidy(model)
     operators = sorted({node.op_type for node in model.graph})
-    dtype = str(next(decoder.parameters()).dtype).removeprefix("torch.")
+    dtype = dtype_name(decoder)
     if dtype == "float16" and (recurrent := RECURRENT & set(operators)):
         raise UnsupportedError(
             f"{type(request.module).__name__} in float16 becomes a graph with {sorted(recurrent)[0]}, on which "

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lmopt.backends.torch.language_model import Decoder, as_decoder
+from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name
 from lmopt.backends.torch.tracing import export_program
 from lmopt.contracts import ArtifactView, ExportRequest
 from lmopt.errors import CorruptArtifactError, ExportError, UnsafeArtifactError, UnsupportedOptionError
@@ -41,7 +41,7 @@ def export_pt2(request: ExportRequest) -> Mapping[str, Any]:
     signature = decoder.signature
     return {
         "files": [PROGRAM],
-        "dtype": str(next(decoder.parameters()).dtype).removeprefix("torch."),
+        "dtype": dtype_name(decoder),
         "has_mask": signature.has_mask,
         "has_positions": signature.has_positions,
         "state": [[one.past.name, one.past.dtype, list(one.past.shape)] for one in signature.state],

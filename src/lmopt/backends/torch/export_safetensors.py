@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor, nn
 
+from lmopt.backends.torch.description import is_transformers
 from lmopt.backends.torch.saving import write_weights
 from lmopt.contracts import ExportRequest
 from lmopt.errors import ParityError, UnsupportedOptionError
@@ -24,13 +26,33 @@ def export_safetensors(request: ExportRequest) -> Mapping[str, Any]:
     if request.options:
         raise UnsupportedOptionError(f"exporter 'safetensors' has no option {sorted(request.options)[0]!r}")
     described = write_weights(request.module, request.folder)
-    # Tied weights are stored under one of their names.
-    original = request.module.state_dict()
-    stored = 0
+    original = _as_written(request.module)
+    stored: set[str] = set()
     for path in sorted(request.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                stored += 1
+                stored.add(name)
                 if name not in original or not torch.equal(file.get_tensor(name), original[name].cpu()):
                     raise ParityError(f"{path.name} holds {name} with other values than the model has")
-    return {**described, "tensors": stored}
+    # Tied weights are stored under one of their names.
+    kept = {original[name].data_ptr() for name in stored}
+    lost = [name for name, one in original.items() if one.numel() and one.data_ptr() not in kept]
+    if lost:
+        raise ParityError(f"the files lack {lost[0]}, which the model has")
+    return {**described, "tensors": len(stored)}
+
+
+def _as_written(module: nn.Module) -> dict[str, Tensor]:
+    """Give the weights under the names and in the shapes in which they are written.
+
+    transformers writes some architectures (experts, above all) as their authors published them.
+    """
+    state: dict[str, Tensor] = module.state_dict()
+    if not is_transformers(module):
+        return state
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before transformers 5
+        return state
+    reverted: dict[str, Tensor] = revert_weight_conversion(module, state)
+    return reverted

@@ -6,6 +6,7 @@ with the text. Nothing here knows an architecture by name.
 """
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -181,6 +182,13 @@ def as_decoder(module: nn.Module) -> Decoder:
             f"{type(module).__name__} cannot be called as a decoder: {type(error).__name__}: {error}"
         ) from error
     return decoder
+
+
+def dtype_name(module: nn.Module) -> str:
+    """Name the type that a module computes in: that of its first weight, or of its first real buffer."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    names = (str(one.dtype).removeprefix("torch.") for one in tensors if one.is_floating_point())
+    return next(names, "float32")
 
 
 def _wrap(module: nn.Module) -> Decoder:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmopt.backends.torch.attention import own_attention
+from lmopt.backends.torch.description import is_transformers
 from lmopt.errors import EngineError
 from lmopt.types import FloatArray, IntArray
 
@@ -74,8 +76,9 @@ class FullForward:
             ) from error
 
     def _call(self, row: Tensor, state: Any) -> tuple[Tensor, Any]:
-        if hasattr(self._module, "config") and hasattr(self._module.config, "use_cache"):
-            result = self._module(input_ids=row, past_key_values=state, use_cache=True)
+        if is_transformers(self._module):
+            with own_attention():
+                result = self._module(input_ids=row, past_key_values=state, use_cache=True)
             return result.logits, result.past_key_values
         result = self._module(row) if state is None else self._module(row, state)
         return result if isinstance(result, tuple) else (result, None)

@@ -1,6 +1,7 @@
 """Write a model's weights, read them back into an own class, and tell two models apart."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -101,16 +102,34 @@ def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    state = sorted(module.state_dict().items())
+    state = sorted((dict(module.named_buffers()) | module.state_dict()).items())
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(lambda item: _tensor_hash(item[1]), state))
     whole = hashlib.sha256()
     stated = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
     whole.update(json.dumps(stated, sort_keys=True, default=str).encode())
     whole.update(type(module).__qualname__.encode())
+    if not is_transformers(module):
+        for path, part in module.named_modules():
+            whole.update(f"\n{path} {_settings(part)}".encode() + _code(part))
     for (name, tensor), digest in zip(state, digests, strict=True):
         whole.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + digest)
     return whole.hexdigest()
+
+
+def _settings(part: nn.Module) -> str:
+    """Spell the plain attributes of a part of an own module: two of a class may differ by these alone."""
+    plain = (bool, int, float, str, type(None))
+    return repr({k: v for k, v in sorted(vars(part).items()) if k != "training" and isinstance(v, plain)})
+
+
+def _code(part: nn.Module) -> bytes:
+    """Give the code of a part of an own module, as text or, in a notebook or shell, as byte code."""
+    kind = type(part)
+    try:
+        return inspect.getsource(kind).encode()
+    except (OSError, TypeError):
+        return repr(getattr(getattr(kind.forward, "__code__", None), "co_code", kind.__qualname__)).encode()
 
 
 def _tensor_hash(tensor: Tensor) -> bytes:
