@@ -439,7 +439,7 @@ def test_from_module_finds_the_vocabulary_and_stops_dropout() -> None:
     assert model.generation_config == {"temperature": 0.5}
     assert model.tokenizer is None
     assert Model.from_module(Bigram()).facts.vocab_size == 11
-    assert Model.from_module(Bigram(), vocab_size=10, context_length=5).facts.context_length == 5
+    assert Model.from_module(Bigram(), vocab_size=11, context_length=5).facts.context_length == 5
 
 
 def test_from_module_takes_a_transformers_model(folder: Path) -> None:
