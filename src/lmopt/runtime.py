@@ -350,7 +350,7 @@ def _rows(prompt: Any) -> tuple[list[Prompt], bool]:
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise DtypeError(f"a prompt is a text or a row of token ids, not {type(prompt).__name__}")
     if strange := [one for one in prompt if isinstance(one, float | bool | np.floating)]:
-        raise DtypeError(f"a prompt holds {strange[0]!r}; token ids are whole numbers")
+        raise DtypeError(f"a prompt holds {strange[0]!r}; expected token ids, which are whole numbers")
     numbers = [isinstance(one, int | np.integer) for one in prompt]
     if all(numbers):
         return [list(prompt)], False

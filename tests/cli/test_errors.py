@@ -105,7 +105,11 @@ def test_every_verb_has_help_and_json(call) -> None:
 def test_ctrl_c_ends_cleanly(exported) -> None:
     command = [*LMOPT, "chat", exported, "--max-new-tokens", "4", "--json"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True) as process:
+    # A shell starts background jobs, and so perhaps this test, with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, **pipes, text=True)
+    signal.signal(signal.SIGINT, before)
+    with process:
         try:
             process.stdin.write("w5\n")
             process.stdin.flush()
