@@ -4,7 +4,10 @@ from lmopt.testing import parametrize_backend_checks
 from lmopt.testing.plan import PlannedCheck
 
 
-@parametrize_backend_checks("torch")
+NO_MODULES = "a torch.export program is one graph: it has no modules whose outputs could be shown"
+
+
+@parametrize_backend_checks("torch", expected_failures={"taps_show_values[*-torch.export-*]": NO_MODULES})
 def test_torch(check: PlannedCheck) -> None:
     check()
 
