@@ -3,7 +3,6 @@
 from lmopt.testing import parametrize_backend_checks
 from lmopt.testing.plan import PlannedCheck
 
-
 NO_MODULES = "a torch.export program is one graph: it has no modules whose outputs could be shown"
 
 
