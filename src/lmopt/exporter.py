@@ -98,12 +98,20 @@ class Exporter:
             self.write(model, staging, progress=progress)
         return Artifact.open(folder, verify=False)
 
-    def write(self, model: Model, staging: Staging, *, progress: Progress | None = None) -> None:
+    def write(
+        self,
+        model: Model,
+        staging: Staging,
+        *,
+        fingerprint: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         """Do the work of `export` in a staging folder that the caller publishes.
 
         Args:
             model: The model.
             staging: From `lmopt.artifact.publish` or `cached`.
+            fingerprint: The model's, if the caller has just computed it.
             progress: As for `export`.
 
         Raises:
@@ -111,13 +119,13 @@ class Exporter:
         """
         tell = progress or _silent
         with _evaluating(model):
-            self._write(model, staging, tell)
+            self._write(model, staging, fingerprint or model.fingerprint(), tell)
 
-    def _write(self, model: Model, staging: Staging, tell: Progress) -> None:
+    def _write(self, model: Model, staging: Staging, fingerprint: str, tell: Progress) -> None:
         for spec in self._specs:
             check_dtype(model, spec)
         staging.manifest["model"] = asdict(model.facts)
-        staging.manifest["source"] = {"name": model.source, "fingerprint": model.fingerprint()}
+        staging.manifest["source"] = {"name": model.source, "fingerprint": fingerprint}
         staging.manifest["versions"] = self.versions()
         reports: dict[str, ParityReport | None] = {}
         for place, (spec, function) in enumerate(zip(self._specs, self._functions, strict=True)):

@@ -1,6 +1,5 @@
 """Open what was just written in the engine it is for, and hold it against the original."""
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +38,7 @@ class _StagedView:
 
 def model_dtype(model: Model) -> str:
     """Name the type of a model's weights."""
-    weights = itertools.chain(model.module.parameters(), model.module.buffers())
-    names = (str(one.dtype).removeprefix("torch.") for one in weights if one.is_floating_point())
-    return next(names, "float32")
+    return str(backends.load("torch", target="lmopt.backends.torch.language_model:dtype_name")(model.module))
 
 
 def check_dtype(model: Model, spec: ExporterSpec) -> None:

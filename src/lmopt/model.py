@@ -128,10 +128,11 @@ class Model:
         """
         _require_torch()
         from lmopt.backends.torch import description
+        from lmopt.backends.torch.language_model import is_transformers
         from lmopt.backends.torch.tokenizer import as_tokenizer
 
         known = None if tokenizer is None else as_tokenizer(tokenizer)
-        if description.is_transformers(module):
+        if is_transformers(module):
             if config is not None or vocab_size is not None:
                 raise UnsupportedOptionError("a transformers model states its own config and vocab_size")
             loaded = description.from_transformers(module, known)

@@ -51,53 +51,34 @@ def open_source(
     name = backend or _default_backend(source)
     spec = backends.spec(name)
     factory = backends.load(name)
+    artifact: Artifact | None = None
+    model: Model | None = None
     if isinstance(source, Artifact) and set(source.formats) & set(spec.can.formats):
         _require_support(spec, source.formats, device, dtype)
-        if "trust" in spec.can.features and trust:
-            options = {**options, "trust": True}
+        artifact = source
+        facts, label = source.facts, source.path.name
         tokenizer, defaults = _tokenizer(source), _generation_config(source)
-        engine = factory(
-            EngineRequest(
-                facts=source.facts,
-                artifact=source,
-                device=device,
-                dtype=dtype,
-                threads=threads,
-                options=options,
-            )
-        )
-        return Opened(engine, name, source.facts, source.path.name, tokenizer, defaults)
-    if "module" in spec.can.formats:
-        _require_support(spec, ("module",), device, dtype)
+    else:
+        live = "module" in spec.can.formats
+        exporter = "" if live else _exporter_for(spec)
+        _require_support(spec, ("module" if live else exporters.spec(exporter).format,), device, dtype)
         model = _as_model(source, dtype, trust)
-        engine = factory(
-            EngineRequest(
-                facts=model.facts,
-                module=model.module,
-                device=device,
-                dtype=dtype,
-                threads=threads,
-                options=options,
-            )
-        )
-        return Opened(engine, name, model.facts, model.source, model.tokenizer, model.generation_config)
-    exporter = _exporter_for(spec)
-    _require_support(spec, (exporters.spec(exporter).format,), device, dtype)
-    model = _as_model(source, dtype, trust)
-    artifact = _export_into_cache(model, exporter, progress)
-    if "trust" in spec.can.features and trust:
+        facts, label = model.facts, model.source
+        tokenizer, defaults = model.tokenizer, model.generation_config
+        if not live:
+            artifact = _export_into_cache(model, exporter, progress)
+    if artifact is not None and trust and "trust" in spec.can.features:
         options = {**options, "trust": True}
-    engine = factory(
-        EngineRequest(
-            facts=model.facts,
-            artifact=artifact,
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            options=options,
-        )
+    request = EngineRequest(
+        facts=facts,
+        artifact=artifact,
+        module=model.module if model is not None and artifact is None else None,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        options=options,
     )
-    return Opened(engine, name, model.facts, model.source, model.tokenizer, model.generation_config)
+    return Opened(factory(request), name, facts, label, tokenizer, defaults)
 
 
 def _default_backend(source: str | os.PathLike[str] | Model | Artifact) -> str:
@@ -141,17 +122,18 @@ def _exporter_for(spec: BackendSpec) -> str:
 
 def _export_into_cache(model: Model, exporter: str, progress: Progress | None) -> Artifact:
     worker = Exporter(exporter)
+    fingerprint = model.fingerprint()
     key = {
         "exporter": exporter,
         "target": worker.target,
-        "fingerprint": model.fingerprint(),
+        "fingerprint": fingerprint,
         "facts": asdict(model.facts),
         "lmopt": __version__,
         "versions": worker.versions(),
     }
 
     def build(staging: Staging) -> None:
-        worker.write(model, staging, progress=progress)
+        worker.write(model, staging, fingerprint=fingerprint, progress=progress)
 
     return cached(key, build)
 

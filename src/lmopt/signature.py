@@ -7,7 +7,7 @@ here once, on NumPy arrays, for the built-in engines and for strangers.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,11 +58,29 @@ class StateTensor:
     batch_axis: int
     past_axis: int | None
 
+    @classmethod
+    def of(cls, past: TensorSpec) -> "StateTensor":
+        """Read the roles off the name and the symbolic axes of the input.
+
+        Raises:
+            CorruptArtifactError: The name, or a dynamic axis, is not one that a state has.
+        """
+        axes = [axis for axis in past.shape if isinstance(axis, str)]
+        if BATCH not in axes or set(axes) - {BATCH, PAST}:
+            raise CorruptArtifactError(
+                f"{past.name!r} has dynamic axes {axes}; expected {BATCH!r} and, if it grows, {PAST!r}"
+            )
+        past_axis = past.shape.index(PAST) if PAST in axes else None
+        return cls(past, present_name(past.name), past.shape.index(BATCH), past_axis)
+
+    def sizes(self, batch: int, past: int = 0) -> list[int]:
+        """Give the shape of the tensor for `batch` rows that hold `past` tokens."""
+        known = {BATCH: batch, PAST: past}
+        return [known[axis] if isinstance(axis, str) else axis for axis in self.past.shape]
+
     def empty(self, batch: int) -> AnyArray:
         """Make the tensor that `batch` rows start from: zeros, of length 0 along `past_axis`."""
-        sizes = {BATCH: batch, PAST: 0}
-        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in self.past.shape]
-        return np.zeros(shape, self.past.dtype)
+        return np.zeros(self.sizes(batch), self.past.dtype)
 
 
 @dataclass(slots=True)
@@ -134,7 +152,6 @@ class Signature:
     has_mask: bool
     has_positions: bool
     vocab_size: int
-    names: tuple[str, ...] = field(default=())
 
     @classmethod
     def from_graph(cls, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> "Signature":
@@ -155,9 +172,7 @@ class Signature:
         if not isinstance(vocab_size, int):
             raise CorruptArtifactError(f"the last axis of {LOGITS!r} is {vocab_size!r}; it must be a number")
         state = tuple(_state_tensor(spec, by_name) for spec in inputs if spec.name not in plain)
-        return cls(
-            state, ATTENTION_MASK in names, POSITION_IDS in names, vocab_size, tuple(s.name for s in inputs)
-        )
+        return cls(state, ATTENTION_MASK in names, POSITION_IDS in names, vocab_size)
 
     def begin(self, batch: int, padding_side: PaddingSide = "right") -> ArrayState:
         """Make the empty state of `batch` rows."""
@@ -212,12 +227,26 @@ class Signature:
         }
         return ArrayState(tensors, state.mask[rows], state.lengths[rows], state.padding_side)
 
-    def join(self, states: Sequence[ArrayState]) -> ArrayState:
-        """Put the rows of several states of NumPy arrays into one, padding shorter pasts at the left."""
+    @property
+    def grows(self) -> bool:
+        """Whether any tensor of the state grows with the text."""
+        return any(one.past_axis is not None for one in self.state)
+
+    def pads(self, states: Sequence[ArrayState]) -> list[int]:
+        """Say how many slots each state's past lacks to share a batch with the longest.
+
+        Raises:
+            ShapeError: They differ, and there is no mask that could hide padding.
+        """
         longest = max(one.mask.shape[1] for one in states)
         pads = [longest - one.mask.shape[1] for one in states]
-        if any(pads) and not self.has_mask and any(one.past_axis is not None for one in self.state):
+        if any(pads) and not self.has_mask and self.grows:
             raise ShapeError("rows of unequal length cannot share a growing state without an attention mask")
+        return pads
+
+    def join(self, states: Sequence[ArrayState]) -> ArrayState:
+        """Put the rows of several states of NumPy arrays into one, padding shorter pasts at the left."""
+        pads = self.pads(states)
         tensors = {}
         for one in self.state:
             parts = [state.tensors[one.past.name] for state in states]
@@ -290,10 +319,4 @@ def _state_tensor(spec: TensorSpec, outputs: Mapping[str, TensorSpec]) -> StateT
     present = present_name(spec.name)
     if present not in outputs:
         raise CorruptArtifactError(f"the graph takes {spec.name!r} but does not return {present!r}")
-    axes = [axis for axis in spec.shape if isinstance(axis, str)]
-    if BATCH not in axes or set(axes) - {BATCH, PAST}:
-        raise CorruptArtifactError(
-            f"{spec.name!r} has dynamic axes {axes}; expected {BATCH!r} and, if it grows, {PAST!r}"
-        )
-    past_axis = spec.shape.index(PAST) if PAST in axes else None
-    return StateTensor(spec, present, spec.shape.index(BATCH), past_axis)
+    return StateTensor.of(spec)

@@ -136,9 +136,7 @@ class OnnxRuntimeEngine:
             versions={"onnxruntime": ort.__version__},
             details={
                 "providers": session.get_providers(),
-                "state": "growing cache"
-                if any(s.past_axis is not None for s in self._signature.state)
-                else "recurrent",
+                "state": "growing cache" if self._signature.grows else "recurrent",
                 "target": self._format.get("target", "portable"),
             },
         )

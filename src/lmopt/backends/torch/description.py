@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-import transformers
 from torch import Tensor, nn
 
+from lmopt.backends.torch.language_model import device_of
 from lmopt.errors import UnsupportedError
 from lmopt.tokenizer import Tokenizer
 from lmopt.types import ModelFacts
@@ -72,11 +72,6 @@ def from_transformers(module: nn.Module, tokenizer: Tokenizer | None) -> Loaded:
     )
 
 
-def is_transformers(module: object) -> bool:
-    """Say whether a module is a transformers model."""
-    return isinstance(module, transformers.PreTrainedModel)
-
-
 def context_length(config: Any) -> int | None:
     """Read how many positions a model was built for, by whichever of the usual names it uses.
 
@@ -101,7 +96,7 @@ def find_vocab_size(module: nn.Module) -> int:
     Raises:
         UnsupportedError: It does not map ids to logits, or is not causal.
     """
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     first = _logits(module, torch.zeros(1, 1, dtype=torch.int64, device=device))
     vocab_size = first.shape[-1]
     if vocab_size > 1:

@@ -16,7 +16,6 @@ from lmopt.errors import (
     ClosedError,
     DeviceError,
     InputError,
-    ShapeError,
     UnsupportedError,
     UnsupportedOptionError,
 )
@@ -92,7 +91,7 @@ class TorchEngine:
         self, batch: int, *, capacity: int | None = None, padding_side: PaddingSide = "right"
     ) -> ArrayState:
         """Make the empty state of `batch` rows; the cache grows, so `capacity` has no use here."""
-        initial = self._open().initial_state(batch, self._device)
+        initial = self._open().zero_state(batch, self._device)
         tensors = dict(zip(self._names, initial, strict=True))
         return ArrayState(tensors, np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64), padding_side)
 
@@ -129,10 +128,7 @@ class TorchEngine:
     def join(self, states: Sequence[ArrayState]) -> ArrayState:
         """Put the rows of several states into one batch, padding shorter pasts at the left."""
         self._open()
-        longest = max(one.mask.shape[1] for one in states)
-        pads = [longest - one.mask.shape[1] for one in states]
-        if any(pads) and not self.ragged and any(one.past_axis is not None for one in self._signature.state):
-            raise ShapeError("rows of unequal length cannot share a growing state without an attention mask")
+        pads = self._signature.pads(states)
         tensors = {}
         for one in self._signature.state:
             parts = [state.tensors[one.past.name] for state in states]

@@ -122,8 +122,6 @@ def _name_boundary(model: ir.Model, decoder: Decoder) -> None:
             f"{len(inputs)} and {len(outputs)}: an input does not reach the result (does the module use its "
             "state?)"
         )
-    for value, spec in zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True):
-        value.shape = ir.Shape(spec.shape)
     # A value may be input and output at once (a state that is handed through): give outputs their own.
     passes.OutputFixPass()(model)
     taken = {spec.name for spec in [*inputs, *outputs]}

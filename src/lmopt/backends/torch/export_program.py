@@ -10,8 +10,8 @@ from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name
 from lmopt.backends.torch.tracing import export_program
 from lmopt.contracts import ArtifactView, ExportRequest
 from lmopt.errors import CorruptArtifactError, ExportError, UnsafeArtifactError, UnsupportedOptionError
-from lmopt.signature import Signature, StateTensor, present_name
-from lmopt.types import BATCH, PAST, TensorSpec
+from lmopt.signature import Signature, StateTensor
+from lmopt.types import TensorSpec
 
 FORMAT: Final = "torch.export"
 PROGRAM: Final = "model.pt2"
@@ -90,12 +90,9 @@ def read_program(artifact: ArtifactView, vocab_size: int, *, trust: bool) -> Pro
         program = torch.export.load(artifact.file(PROGRAM))
     except Exception as error:
         raise CorruptArtifactError(f"{artifact.path / PROGRAM} cannot be read: {error}") from error
-    state = tuple(_state_tensor(name, dtype, tuple(shape)) for name, dtype, shape in described["state"])
+    state = tuple(
+        StateTensor.of(TensorSpec(name, dtype, tuple(shape))) for name, dtype, shape in described["state"]
+    )
     signature = Signature(state, described["has_mask"], described["has_positions"], vocab_size)
     # The trace assumes sizes above 1 and would refuse others; the parity gate has run it on them.
     return ProgramDecoder(program.module(check_guards=False), signature)
-
-
-def _state_tensor(name: str, dtype: str, shape: tuple[int | str, ...]) -> StateTensor:
-    past_axis = shape.index(PAST) if PAST in shape else None
-    return StateTensor(TensorSpec(name, dtype, shape), present_name(name), shape.index(BATCH), past_axis)

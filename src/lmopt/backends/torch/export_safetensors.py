@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lmopt.backends.torch.description import is_transformers
+from lmopt.backends.torch.language_model import is_transformers
 from lmopt.backends.torch.saving import write_weights
 from lmopt.contracts import ExportRequest
 from lmopt.errors import ParityError, UnsupportedOptionError

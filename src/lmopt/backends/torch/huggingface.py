@@ -50,11 +50,7 @@ class HuggingFaceDecoder(Decoder):
             layer.lazy_initialization(key, value)
             layer.keys, layer.values = key, value
             cache.layers.append(layer)
-        options: dict[str, Tensor | None] = {}
-        if self.takes_mask:
-            options[ATTENTION_MASK] = attention_mask
-        if self.takes_positions:
-            options[POSITION_IDS] = position_ids
+        options = self.named(attention_mask, position_ids)
         # Any: nn.Module's attributes are tensors or modules to a type checker.
         model: Any = self.module
         with position_attention(model):

@@ -8,6 +8,7 @@ with the text. Nothing here knows an architecture by name.
 import inspect
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lmopt.errors import LmoptError, UnsupportedError
-from lmopt.signature import ATTENTION_MASK, POSITION_IDS, Signature, StateTensor, present_name
+from lmopt.signature import ATTENTION_MASK, POSITION_IDS, Signature, StateTensor
 from lmopt.types import BATCH, PAST, TensorSpec
 
 
@@ -65,10 +66,14 @@ class Decoder(nn.Module):
     Attributes:
         module: The wrapped module.
         signature: Names and axes of the state; filled in by `as_decoder`.
+        takes_mask: Whether the module takes `attention_mask` and might honour it.
+        takes_positions: Whether it takes `position_ids`.
     """
 
     module: nn.Module
     signature: Signature
+    takes_mask = False
+    takes_positions = False
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -88,18 +93,21 @@ class Decoder(nn.Module):
         """Read a text from its start in the module's own way; return logits and the named state."""
         raise NotImplementedError
 
-    def initial_state(self, batch: int, device: torch.device | str = "cpu") -> list[Tensor]:
-        """Make the state of `batch` rows that have read nothing."""
-        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-        sizes = {BATCH: batch, PAST: 0}
+    def zero_state(self, batch: int, device: torch.device | str = "cpu", *, past: int = 0) -> list[Tensor]:
+        """Make a state of zeros; with `past=0`, that of `batch` rows that have read nothing."""
         return [
-            torch.zeros(
-                [sizes[axis] if isinstance(axis, str) else axis for axis in one.past.shape],
-                dtype=dtypes.get(one.past.dtype) or getattr(torch, one.past.dtype),
-                device=device,
-            )
+            torch.zeros(one.sizes(batch, past), dtype=getattr(torch, one.past.dtype), device=device)
             for one in self.signature.state
         ]
+
+    def named(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> dict[str, Tensor | None]:
+        """Give the arguments that the module takes by name."""
+        options: dict[str, Tensor | None] = {}
+        if self.takes_mask:
+            options[ATTENTION_MASK] = attention_mask
+        if self.takes_positions:
+            options[POSITION_IDS] = position_ids
+        return options
 
 
 class PlainDecoder(Decoder):
@@ -121,11 +129,7 @@ class PlainDecoder(Decoder):
     ) -> tuple[Tensor, list[Tensor]]:
         """Read new tokens after `state`."""
         assert self._structure is not None
-        options: dict[str, Tensor | None] = {}
-        if self.takes_mask:
-            options[ATTENTION_MASK] = attention_mask
-        if self.takes_positions:
-            options[POSITION_IDS] = position_ids
+        options = self.named(attention_mask, position_ids)
         logits, after = self.module(input_ids, pytree.tree_unflatten(list(state), self._structure), **options)
         return logits, pytree.tree_leaves(after)
 
@@ -191,12 +195,22 @@ def dtype_name(module: nn.Module) -> str:
     return next(names, "float32")
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Name the device of a module's first weight, the CPU for a module without any."""
+    return next((weight.device for weight in module.parameters()), torch.device("cpu"))
+
+
+def is_transformers(module: object) -> bool:
+    """Say whether a module is a transformers model, without importing transformers."""
+    return any(base.__module__ == "transformers.modeling_utils" for base in type(module).__mro__)
+
+
 def _wrap(module: nn.Module) -> Decoder:
-    if any(base.__module__ == "transformers.modeling_utils" for base in type(module).__mro__):
+    if is_transformers(module):
         from lmopt.backends.torch.huggingface import HuggingFaceDecoder
 
         return HuggingFaceDecoder(module)
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     with torch.no_grad():
         result = module(torch.zeros(1, 1, dtype=torch.int64, device=device))
     if isinstance(result, Tensor):
@@ -223,7 +237,7 @@ class _FirstOutput(nn.Module):
 
 def _find_signature(decoder: Decoder) -> Signature:
     """Run the module on a few tokens and see which axes follow the batch and the length."""
-    device = next((p.device for p in decoder.parameters()), torch.device("cpu"))
+    device = device_of(decoder)
     shapes: list[list[tuple[int, ...]]] = []
     for batch, length in ((2, 3), (3, 3), (2, 5)):
         logits, named = decoder.start(torch.zeros(batch, length, dtype=torch.int64, device=device))
@@ -237,15 +251,11 @@ def _find_signature(decoder: Decoder) -> Signature:
         _state_tensor(name, leaf, first, wider, longer)
         for (name, leaf), first, wider, longer in zip(named, *shapes, strict=True)
     )
-    takes_mask = getattr(decoder, "takes_mask", False)
-    takes_positions = getattr(decoder, "takes_positions", False)
-    signature = Signature(state, takes_mask, takes_positions, logits.shape[-1])
-    if takes_mask:
+    signature = Signature(state, decoder.takes_mask, decoder.takes_positions, logits.shape[-1])
+    if decoder.takes_mask:
         decoder.signature = signature
         if not _honours_mask(decoder, device):
-            signature = Signature(
-                state, has_mask=False, has_positions=takes_positions, vocab_size=logits.shape[-1]
-            )
+            return replace(signature, has_mask=False)
     return signature
 
 
@@ -268,8 +278,7 @@ def _state_tensor(
     shape[batch_axes[0]] = BATCH
     for axis in grown:
         shape[axis] = PAST
-    spec = TensorSpec(name, str(leaf.dtype).removeprefix("torch."), tuple(shape))
-    return StateTensor(spec, present_name(name), batch_axes[0], grown[0] if grown else None)
+    return StateTensor.of(TensorSpec(name, str(leaf.dtype).removeprefix("torch."), tuple(shape)))
 
 
 def _honours_mask(decoder: Decoder, device: torch.device) -> bool:
@@ -279,7 +288,7 @@ def _honours_mask(decoder: Decoder, device: torch.device) -> bool:
     mask = torch.tensor([[1, 1, 1, 0, 0]], device=device)
     where = torch.tensor([[0, 1, 2, 2, 2]], device=device)
     padded = torch.cat([ids[:, :3], ids[:, :2]], dim=1)
-    _, state = decoder(padded, mask, where, decoder.initial_state(1, device))
+    _, state = decoder(padded, mask, where, decoder.zero_state(1, device))
     mask = torch.cat([mask, torch.ones_like(ids[:, :3])], dim=1)
     after, _ = decoder(ids[:, 3:], mask, where[:, :3] + 3, state)
     return torch.allclose(after[0].float(), text.float(), atol=1e-3, rtol=1e-3)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lmopt.backends.torch.attention import own_attention
-from lmopt.backends.torch.description import is_transformers
+from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.errors import EngineError
 from lmopt.types import FloatArray, IntArray
 
@@ -28,7 +28,7 @@ class FullForward:
     def __init__(self, module: nn.Module) -> None:
         # Any: nn.Module's attributes are tensors or modules to a type checker.
         self._module: Any = module
-        self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._device = device_of(module)
 
     def __call__(self, ids: IntArray) -> FloatArray:
         """Read `(sequence,)` ids at once; return `(sequence, vocab_size)` float32 logits."""

@@ -16,7 +16,8 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from lmopt.artifact import Artifact, publish
-from lmopt.backends.torch.description import Loaded, is_transformers
+from lmopt.backends.torch.description import Loaded
+from lmopt.backends.torch.language_model import is_transformers
 from lmopt.backends.torch.loading import quiet
 from lmopt.backends.torch.trust import WEIGHTS
 from lmopt.errors import ArtifactNotFoundError, CorruptArtifactError

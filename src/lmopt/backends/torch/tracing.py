@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmopt.backends.torch.language_model import Decoder
+from lmopt.backends.torch.language_model import Decoder, device_of, is_transformers
 from lmopt.errors import ExportError, UnsupportedError
-from lmopt.types import BATCH, PAST
 
 # Sizes of the sample: all above 1, which torch would take for fixed, and all different.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
@@ -67,19 +66,10 @@ def plain_reason(error: Exception) -> str:
 def sample_arguments(decoder: Decoder) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Make sample arguments and say which of their axes are free."""
     signature = decoder.signature
-    device = next((p.device for p in decoder.parameters()), torch.device("cpu"))
+    device = device_of(decoder)
     any_size = torch.export.Dim.DYNAMIC
-    sizes = {BATCH: _BATCH, PAST: _PAST}
-    grows = any(one.past_axis is not None for one in signature.state)
-    past = _PAST if grows else 0
-    state = [
-        torch.zeros(
-            [sizes[axis] if isinstance(axis, str) else axis for axis in one.past.shape],
-            dtype=getattr(torch, one.past.dtype),
-            device=device,
-        )
-        for one in signature.state
-    ]
+    past = _PAST if signature.grows else 0
+    state = decoder.zero_state(_BATCH, device, past=past)
     ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64, device=device)
     mask = (
         torch.ones(_BATCH, _SEQUENCE + past, dtype=torch.int64, device=device) if signature.has_mask else None
@@ -115,7 +105,7 @@ def traceable(module: nn.Module) -> Iterator[None]:
             # One operator over all experts instead of a loop over those that were chosen.
             stack.callback(model.set_experts_implementation, model.get_experts_implementation())
             model.set_experts_implementation("batched_mm")
-        if any(base.__module__ == "transformers.modeling_utils" for base in type(module).__mro__):
+        if is_transformers(module):
             with contextlib.suppress(ImportError):  # transformers before 5.23
                 from transformers.exporters import exporter_dynamo, exporter_onnx  # noqa: F401 (they register patches)
                 from transformers.exporters.utils import apply_patches
