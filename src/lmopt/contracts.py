@@ -140,6 +140,39 @@ class SupportsTaps(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsRewind(Protocol):
+    """An engine whose rows can forget their last tokens and be copied.
+
+    A key-value cache can; a recurrent state, which has no memory of how it came to be, cannot.
+    Prompt lookup (drafts that are rejected) and prefix reuse (a beginning that several prompts share)
+    stand on it.
+    """
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether the loaded model's state can: a backend may run models of both kinds."""
+        ...
+
+    def rewind(self, state: State, lengths: IntArray) -> State:
+        """Let each row forget all but its first tokens.
+
+        Args:
+            state: Consumed.
+            lengths: `(batch,)` int64 tokens to keep of each row, `0 .. state.lengths`.
+        """
+        ...
+
+    def copy(self, state: State, *, capacity: int | None = None) -> State:
+        """Make an independent copy; `state` is *not* consumed.
+
+        Args:
+            state: Stays valid and unchanged.
+            capacity: As for `begin`; `None` keeps that of `state`.
+        """
+        ...
+
+
 class ArtifactView(Protocol):
     """The part of `lmopt.artifact.Artifact` that an engine needs."""
 
