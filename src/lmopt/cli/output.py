@@ -109,9 +109,16 @@ class Output:
 
     @contextmanager
     def progress(self) -> Iterator[Tell]:
-        """Show a bar with the time left for each stage of some work, if somebody watches."""
+        """Show a bar with the time left for each stage of some work; a line a stage where nobody watches."""
         if not self.live:
-            yield lambda stage, done, total: None
+            told: set[str] = set()
+
+            def note(stage: str, done: int, total: int) -> None:
+                if stage not in told:
+                    told.add(stage)
+                    self.note(stage)
+
+            yield note
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
