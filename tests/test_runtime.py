@@ -29,7 +29,7 @@ from lmopt.errors import (
     UnsupportedOptionError,
 )
 from lmopt.evaluation import TOLERANCES
-from lmopt.generation import Generation, GenerationConfig
+from lmopt.generation import Generation, GenerationConfig, Limits, PrefixReport
 from lmopt.model import Model
 from lmopt.runtime import Runtime
 from lmopt.testing.models import CONTEXT_LENGTH, VOCAB_SIZE, tiny_llama, tiny_lstm
@@ -333,6 +333,74 @@ def test_a_thread_count_is_honoured(model: Model, backend: str) -> None:
     with Runtime(model, backend=backend, threads=1) as runtime:
         runtime.generate(ROW, max_new_tokens=2)
         assert runtime.report().actual.threads == 1
+
+
+# Limits, kept prefixes, threads ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_limits_change_no_token(model: Model, runtimes: dict[str, Runtime], backend: str) -> None:
+    options = {"max_new_tokens": 12, "eos_token_id": None, "temperature": 0.9, "seed": 3}
+    rows = [*ROWS, [30, 31], list(range(3, 33))]
+    expected = [runtimes[backend].generate(row, **options) for row in rows]
+    with Runtime(
+        model, backend=backend, max_num_seqs=2, max_num_batched_tokens=8, max_cache_tokens=90
+    ) as limited:
+        assert limited.generate(rows, **options) == expected
+        assert limited.report().limits == Limits(2, 8, 90)
+    assert runtimes[backend].report().limits == Limits()
+    with pytest.raises(UnsupportedOptionError, match="max_num_seqs=0"):
+        Runtime(model, backend=backend, max_num_seqs=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefixes_are_kept_when_asked_for(model: Model, runtimes: dict[str, Runtime], backend: str) -> None:
+    plain = runtimes[backend]
+    system = list(range(3, 40))
+    with Runtime(model, backend=backend, prefix_cache_tokens=300) as keeping:
+        text = list(system)
+        for turn in range(3):
+            text += [50 + turn, 60]
+            found = keeping.generate(text, max_new_tokens=8, eos_token_id=None)
+            assert found == plain.generate(text, max_new_tokens=8, eos_token_id=None)
+            text += found.token_ids
+        prompts = [[*system, number] for number in (70, 71, 72)]
+        expected = [plain.generate(one, max_new_tokens=8) for one in prompts]
+        assert keeping.generate(prompts, max_new_tokens=8) == expected
+        report = keeping.report().prefixes
+        assert (report.hits, report.limit) == (5, 300)
+        assert report.reused > 5 * len(system) - 1
+        assert 0 < report.tokens <= 300
+    assert plain.report().prefixes == PrefixReport(0)
+
+
+def test_prefixes_of_a_recurrent_model_cannot_be_kept() -> None:
+    with pytest.raises(UnsupportedOptionError, match=r"prefix_cache_tokens=64.*cannot rewind"):
+        Runtime(Model.from_module(tiny_lstm()), backend="torch", prefix_cache_tokens=64)
+
+
+def test_prompt_lookup_gives_the_same_tokens(runtime: Runtime) -> None:
+    rows = [ROW * 4, [20, 21, 22] * 5, [7]]
+    for options in ({}, {"temperature": 0.8, "seed": 4}, {"repetition_penalty": 1.2}):
+        options |= {"max_new_tokens": 40, "eos_token_id": None}
+        found = runtime.generate(rows, prompt_lookup_num_tokens=5, **options)
+        assert found == runtime.generate(rows, **options)
+        assert sum(one.drafted for one in found) > 0
+
+
+def test_options_may_differ_by_prompt(runtime: Runtime) -> None:
+    configs = [GenerationConfig(max_new_tokens=count, eos_token_id=None) for count in (3, 6, 1)]
+    found = runtime.generate(ROWS, configs, repetition_penalty=1.1)
+    alone = [
+        runtime.generate(row, one, repetition_penalty=1.1) for row, one in zip(ROWS, configs, strict=True)
+    ]
+    assert found == alone
+    assert [len(one.token_ids) for one in found] == [3, 6, 1]
+
+
+def test_a_runtime_closed_by_a_callback_ends_the_request(model: Model) -> None:
+    with Runtime(model, backend="torch") as runtime, pytest.raises(ClosedError, match="open a new"):
+        runtime.generate(ROW, max_new_tokens=9, on_token=lambda token: runtime.close())
 
 
 # Bad input --------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Run a model on any engine by one set of methods."""
 
 import os
-import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,17 +10,25 @@ import numpy as np
 
 from lmopt.artifact import Artifact
 from lmopt.contracts import Engine, EngineReport
-from lmopt.errors import ClosedError, ContextLengthError, DtypeError, InputError, ShapeError, TokenizerError
+from lmopt.errors import (
+    ContextLengthError,
+    ShapeError,
+    TokenizerError,
+    UnsupportedOptionError,
+)
 from lmopt.evaluation import Perplexity, perplexity
 from lmopt.generation import Generation, GenerationConfig, Token, generate, score, stream
 from lmopt.generation.cohorts import for_unequal_rows
-from lmopt.generation.rows import Cancel, check_ids
+from lmopt.generation.guarded import GuardedEngine
+from lmopt.generation.interruption import Cancel, Cancels
+from lmopt.generation.prefixes import PrefixReport, PrefixStore
+from lmopt.generation.prompts import Prompt, as_prompts, check_ids
+from lmopt.generation.workspace import Limits, Workspace
 from lmopt.model import Model
 from lmopt.opening import open_source
 from lmopt.tokenizer import Tokenizer
 from lmopt.types import FloatArray, IntArray, ModelFacts
 
-Prompt: TypeAlias = str | Sequence[int] | IntArray
 Message: TypeAlias = Mapping[str, Any]
 
 
@@ -34,19 +41,24 @@ class RuntimeReport:
         actual: What the engine found out after loading.
         source: Name of the model or folder.
         facts: Facts of the model.
+        limits: How much a request does at once.
+        prefixes: What the kept prefixes hold and were good for.
     """
 
     requested: Mapping[str, Any]
     actual: EngineReport
     source: str
     facts: ModelFacts
+    limits: Limits
+    prefixes: PrefixReport
 
 
 class Runtime:
     """A model, loaded in an engine and ready to predict.
 
-    Methods may be called from several threads at once. Use it as a context manager, or call
-    `close`, to release the engine's memory.
+    Methods may be called from several threads at once, each with its own rows: requests of different
+    threads do not share a batch. Use it as a context manager, or call `close`, to release the engine's
+    memory; what is running in other threads then ends with `ClosedError`.
 
     Args:
         source: A folder, file or hub id that `Model.from_pretrained` takes, an artefact (folder or
@@ -60,6 +72,15 @@ class Runtime:
         tokenizer: In place of the model's own.
         trust: Whether code and pickles that come with `source` may run.
         progress: Called with the stage's name, steps done and their total, where an export is needed.
+        max_num_seqs: Most rows of a request that are decoded at once; further prompts enter as rows
+            leave. This and the next two are `lmopt.generation.Limits`.
+        max_num_batched_tokens: Most prompt tokens read between two tokens of the running rows; longer
+            prompts are read in parts.
+        max_cache_tokens: Most tokens for which room in the cache is reserved at once.
+        prefix_cache_tokens: Most tokens whose states are kept after a request, so that a prompt that
+            begins like an earlier one (a growing chat, a system prompt that many share) is read from
+            where it differs. 0, the default, keeps nothing: then a request makes the same calls,
+            with the same rounding, whatever came before it. For engines whose state can be rewound.
         **options: Options of the backend.
 
     Raises:
@@ -68,6 +89,7 @@ class Runtime:
         UnsupportedError: The backend cannot run this source, device or dtype.
         DeviceError: The device is not there.
         ParityError: The export that the backend needs failed its gate.
+        UnsupportedOptionError: A limit is not possible, or prefixes are to be kept by an engine that cannot.
 
     Example:
         >>> with Runtime("out/", backend="onnxruntime") as rt:  # doctest: +SKIP
@@ -85,8 +107,14 @@ class Runtime:
         tokenizer: Tokenizer | None = None,
         trust: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
+        max_num_seqs: int = Limits.max_num_seqs,
+        max_num_batched_tokens: int = Limits.max_num_batched_tokens,
+        max_cache_tokens: int = Limits.max_cache_tokens,
+        prefix_cache_tokens: int = 0,
         **options: Any,
     ) -> None:
+        limits = Limits(max_num_seqs, max_num_batched_tokens, max_cache_tokens)
+        prefixes = PrefixStore(prefix_cache_tokens)
         opened = open_source(
             source,
             backend=backend,
@@ -97,7 +125,14 @@ class Runtime:
             options=options,
             progress=progress,
         )
-        self._engine: Engine | None = opened.engine
+        self._engine = GuardedEngine(opened.engine, opened.name)
+        self._workspace = Workspace(limits, prefixes)
+        if prefix_cache_tokens and not prefixes.serves(self._engine):
+            self.close()
+            raise UnsupportedOptionError(
+                f"prefix_cache_tokens={prefix_cache_tokens}: backend {opened.backend!r} cannot rewind the "
+                f"state of this model ({opened.name}), so nothing can be kept. Leave it out."
+            )
         self.backend = opened.backend
         self.facts = opened.facts
         self.tokenizer = tokenizer or opened.tokenizer
@@ -106,7 +141,6 @@ class Runtime:
         self._requested = {
             "backend": backend, "device": device, "dtype": dtype, "threads": threads, **options,
         }  # fmt: skip
-        self._closing = threading.Lock()
 
     @property
     def engine(self) -> Engine:
@@ -115,9 +149,7 @@ class Runtime:
         Raises:
             ClosedError: The runtime is closed.
         """
-        if self._engine is None:
-            raise ClosedError(f"this runtime of {self._source} is closed; open a new lmopt.Runtime")
-        return self._engine
+        return self._engine.inner
 
     @overload
     def generate(self, prompt: str, config: GenerationConfig | None = None, **options: Any) -> Generation: ...
@@ -129,19 +161,24 @@ class Runtime:
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
-        config: GenerationConfig | None = None,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
-        cancel: Cancel | None = None,
+        cancel: Cancels = None,
         on_token: Callable[[Token], object] | None = None,
         **options: Any,
     ) -> Any:
         """Continue one prompt, or many in one batch.
 
+        Prompts enter the batch as others leave it, within the limits of the runtime. An error of one row
+        alone ends that row with the `finish_reason` `"error"` and `Generation.error`; it is raised where
+        no row has a result, so always with one prompt. See `lmopt.generation.generate`.
+
         Args:
             prompt: A text, a row of token ids, or a list of either, of any lengths.
-            config: Options as an object; `None` takes the model's `generation_config.json`.
-            cancel: Anything with `is_set()`, such as a `threading.Event`; looked at before each
-                token.
+            config: Options as an object, or a list with one a prompt; `None` takes the model's
+                `generation_config.json`.
+            cancel: Anything with `is_set()`, such as a `threading.Event`; looked at before each call of
+                the engine. A list has one (or `None`) a prompt.
             on_token: Called with each token as soon as it is chosen.
             **options: Fields of `GenerationConfig`, by transformers' names; each wins over `config`.
 
@@ -156,12 +193,25 @@ class Runtime:
             TokenIdError: An id is outside the vocabulary.
             ClosedError: The runtime is closed.
         """
-        engine = self.engine
-        settings = self._config(config, options)
-        prompts, many = _rows(prompt)
-        ids = [self._ids(one) for one in prompts]
-        found = generate(engine, ids, settings, tokenizer=self.tokenizer, cancel=cancel, on_token=on_token)
-        results = found if settings.num_return_sequences > 1 else [one[0] for one in found]
+        engine = self._engine.opened()
+        settings: GenerationConfig | list[GenerationConfig]
+        if config is None or isinstance(config, GenerationConfig):
+            settings = self._config(config, options)
+            several = settings.num_return_sequences > 1
+        else:
+            settings = [self._config(one, options) for one in config]
+            several = any(one.num_return_sequences > 1 for one in settings)
+        prompts, many = as_prompts(prompt)
+        found = generate(
+            engine,
+            [self._ids(one) for one in prompts],
+            settings,
+            tokenizer=self.tokenizer,
+            cancel=cancel,
+            on_token=on_token,
+            workspace=self._workspace,
+        )
+        results = found if several else [one[0] for one in found]
         return results if many else results[0]
 
     def stream(
@@ -185,8 +235,15 @@ class Runtime:
         Raises:
             TokenizerError: The model has no tokenizer.
         """
-        engine, settings, ids = self.engine, self._config(config, options), self._ids(prompt)
-        return stream(engine, ids, settings, tokenizer=self._need_tokenizer(), cancel=cancel)
+        engine, settings, ids = self._engine.opened(), self._config(config, options), self._ids(prompt)
+        return stream(
+            engine,
+            ids,
+            settings,
+            tokenizer=self._need_tokenizer(),
+            cancel=cancel,
+            workspace=self._workspace,
+        )
 
     def chat(
         self, messages: Sequence[Message], config: GenerationConfig | None = None, **options: Any
@@ -224,8 +281,8 @@ class Runtime:
             ShapeError: A row holds no token.
             TokenIdError: An id is outside the vocabulary.
         """
-        engine = for_unequal_rows(self.engine)
-        prompts, many = _rows(ids)
+        engine = for_unequal_rows(self._engine.opened())
+        prompts, many = as_prompts(ids)
         rows = [check_ids(self._ids(one), self.facts.vocab_size, f"row {n}") for n, one in enumerate(prompts)]
         if any(row.size == 0 for row in rows):
             raise ShapeError("a row holds no token; logits follow tokens")
@@ -251,8 +308,8 @@ class Runtime:
         Returns:
             `(tokens - 1,)` float32 for one text, a list of such arrays for a list.
         """
-        engine = self.engine
-        prompts, many = _rows(texts)
+        engine = self._engine.opened()
+        prompts, many = as_prompts(texts)
         found = score(engine, [self._ids(one) for one in prompts])
         return found if many else found[0]
 
@@ -274,7 +331,7 @@ class Runtime:
             tokens: Use only so many tokens from the start.
             progress: Called with windows done and their total.
         """
-        engine = self.engine
+        engine = self._engine.opened()
         ids = (
             self._need_tokenizer().encode(text, add_special_tokens=False)
             if isinstance(text, str)
@@ -288,14 +345,23 @@ class Runtime:
 
     def report(self) -> RuntimeReport:
         """Say what was asked for and what the engine does."""
-        return RuntimeReport(self._requested, self.engine.report(), self._source, self.facts)
+        return RuntimeReport(
+            self._requested,
+            self._engine.report(),
+            self._source,
+            self.facts,
+            self._workspace.limits,
+            self._workspace.prefixes.report(),
+        )
 
     def close(self) -> None:
-        """Release the engine; calling it twice is harmless."""
-        with self._closing:
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
+        """Release the engine and what was kept; calling it twice is harmless.
+
+        A call that is inside the engine at this moment, in another thread, still finishes; the engine is
+        released after it.
+        """
+        self._workspace.prefixes.clear()
+        self._engine.close()
 
     def __enter__(self) -> Self:
         """Give the runtime itself."""
@@ -327,33 +393,3 @@ class Runtime:
                 "lmopt.Runtime(..., tokenizer=lmopt.Tokenizer.from_folder(folder))"
             )
         return self.tokenizer
-
-
-def _rows(prompt: Any) -> tuple[list[Prompt], bool]:
-    """Tell one prompt from many.
-
-    Raises:
-        DtypeError: It is neither text nor ids.
-        ShapeError: An array has more than two axes.
-        InputError: A list mixes ids and prompts.
-    """
-    if isinstance(prompt, str):
-        return [prompt], False
-    if isinstance(prompt, np.ndarray):
-        if prompt.dtype.kind not in "iu":
-            raise DtypeError(f"ids have dtype {prompt.dtype}; expected whole numbers (int64)")
-        if prompt.ndim not in (1, 2):
-            raise ShapeError(f"ids have shape {prompt.shape}; expected (sequence,) or (batch, sequence)")
-        if prompt.ndim == 2 and not len(prompt):
-            raise ShapeError("ids hold no row; expected (batch, sequence), batch at least 1")
-        return (list(prompt), True) if prompt.ndim == 2 else ([prompt], False)
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise DtypeError(f"a prompt is a text or a row of token ids, not {type(prompt).__name__}")
-    if strange := [one for one in prompt if isinstance(one, float | bool | np.floating)]:
-        raise DtypeError(f"a prompt holds {strange[0]!r}; expected token ids, which are whole numbers")
-    numbers = [isinstance(one, int | np.integer) for one in prompt]
-    if all(numbers):
-        return [list(prompt)], False
-    if any(numbers):
-        raise InputError("a list of prompts holds texts or rows of ids, not single ids among them")
-    return list(prompt), True

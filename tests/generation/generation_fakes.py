@@ -1,5 +1,7 @@
 """Small engines and tokenizers whose every answer is known, and a checker of the state rule."""
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -90,6 +92,112 @@ class HashEngine:
 
     def close(self):
         pass
+
+
+@dataclass(eq=False)
+class PastState:
+    """Every hash that a row went through, so that it can go back; knows whether it was consumed."""
+
+    pasts: list[list[int]]
+    capacity: int | None = None
+    consumed: bool = False
+
+    @property
+    def lengths(self):
+        return np.array([len(past) - 1 for past in self.pasts], np.int64)
+
+
+@dataclass
+class RewindEngine(HashEngine):
+    """A `HashEngine` that remembers: its rows can be rewound and copied, as with a key-value cache.
+
+    `read` counts the tokens that it was given, padding left out; `alive` holds the states that somebody
+    still refers to.
+    """
+
+    rewinds: bool = True
+    read: int = 0
+    rewound: int = 0
+    alive: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+
+    def _state(self, pasts, capacity):
+        state = PastState(pasts, capacity)
+        self.alive.add(state)
+        return state
+
+    def begin(self, batch, *, capacity=None, padding_side="right"):
+        return self._state([[17] for _ in range(batch)], capacity)
+
+    def forward(self, input_ids, lengths, state, *, last_only=False):
+        assert input_ids.dtype == lengths.dtype == np.int64
+        assert input_ids.shape[0] == len(state.pasts) == lengths.size
+        assert lengths.min() >= 1
+        assert lengths.max() <= input_ids.shape[1]
+        if not self.ragged:
+            assert len(set(lengths.tolist())) == len(set(state.lengths.tolist())) == 1
+        pasts = self._consume(state)
+        self.calls.append(input_ids.shape)
+        self.read += int(lengths.sum())
+        width = 1 if last_only else input_ids.shape[1]
+        logits = np.full((*input_ids.shape[:1], width, self.vocab_size), np.nan, np.float32)
+        for row, length in enumerate(lengths):
+            for place, token in enumerate(input_ids[row, :length].tolist()):
+                pasts[row].append((pasts[row][-1] * 6364136223846793005 + token + 1) % 2**64)
+                if not last_only:
+                    logits[row, place] = self._logits(pasts[row][-1])
+            if last_only:
+                logits[row, 0] = self._logits(pasts[row][-1])
+            assert state.capacity is None or len(pasts[row]) - 1 <= state.capacity
+        return logits, self._state(pasts, state.capacity)
+
+    def select(self, state, rows):
+        self.selects += 1
+        pasts = self._consume(state)
+        return self._state([list(pasts[row]) for row in rows], state.capacity)
+
+    def join(self, states):
+        capacities = [state.capacity for state in states]
+        if not self.ragged:
+            assert len({length for state in states for length in state.lengths.tolist()}) == 1
+        pasts = [past for state in states for past in self._consume(state)]
+        return self._state(pasts, None if None in capacities else max(capacities))
+
+    def rewind(self, state, lengths):
+        assert (lengths <= state.lengths).all()
+        assert (lengths >= 0).all()
+        self.rewound += int((state.lengths - lengths).sum())
+        pasts = self._consume(state)
+        return self._state([p[: n + 1] for p, n in zip(pasts, lengths, strict=True)], state.capacity)
+
+    def copy(self, state, *, capacity=None):
+        assert not state.consumed
+        assert capacity is None or capacity >= state.lengths.max()
+        return self._state([list(past) for past in state.pasts], capacity or state.capacity)
+
+    @staticmethod
+    def _consume(state):
+        assert not state.consumed, "a consumed state was used again"
+        state.consumed = True
+        return [list(past) for past in state.pasts]
+
+
+@dataclass
+class EchoEngine(RewindEngine):
+    """Says what follows the last token in `text`, strongly, with a little of the hash on top: quotes."""
+
+    text: Sequence[int] = ()
+    strength: float = 12.0
+
+    def forward(self, input_ids, lengths, state, *, last_only=False):
+        logits, after = super().forward(input_ids, lengths, state, last_only=last_only)
+        following = dict(itertools.pairwise(self.text))
+        for row, length in enumerate(lengths):
+            for place in range(length):
+                if not last_only or place == length - 1:
+                    token = following.get(int(input_ids[row, place]))
+                    if token is not None:
+                        logits[row, 0 if last_only else place, token] += self.strength
+        return logits, after
 
 
 @dataclass

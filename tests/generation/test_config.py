@@ -84,6 +84,10 @@ def test_a_default_file_of_transformers_is_neutral():
         {"num_beams": 2, "num_return_sequences": 3},
         {"num_beams": 2, "logprobs": 3},
         {"num_return_sequences": 2},
+        {"max_time": 0.0},
+        {"prompt_lookup_num_tokens": 0},
+        {"prompt_lookup_num_tokens": 4, "num_beams": 2},
+        {"max_matching_ngram_size": 0},
         {"min_new_tokens": 5, "max_new_tokens": 4},
     ],
     ids=repr,
@@ -128,13 +132,12 @@ UNSUPPORTED = {
     "encoder_repetition_penalty": 1.2,
     "encoder_no_repeat_ngram_size": 2,
     "num_assistant_tokens": 7,
-    "prompt_lookup_num_tokens": 10,
     "watermarking_config": {"bias": 2.0},
     "sequence_bias": [[[1], 2.0]],
     "exponential_decay_length_penalty": [3, 1.1],
     "top_h": 0.4,
     "epsilon_cutoff": 0.1,
-    "max_time": 1.0,
+    "assistant_early_exit": 3,
 }
 
 

@@ -181,3 +181,35 @@ def test_a_large_vocabulary_takes_no_short_cut_that_shows(spread):
         token = draw(Choice(None, scores), float(number))
         below = running[token - 1] if token else 0.0
         assert below - 1e-6 <= number <= running[token] + 1e-6
+
+
+@pytest.mark.parametrize("size", [16_640, 49_152, 50_257])
+@pytest.mark.parametrize("kind", ["zipf", "flat", "sharp", "equal", "banned"])
+def test_short_cuts_over_a_vocabulary_change_nothing(kind, size):
+    """What is kept and drawn is what sorting and summing everything gives."""
+    generator = np.random.default_rng(size)
+    scores = {
+        "zipf": -1.3 * np.log(generator.permutation(size) + 1.0) + generator.normal(size=size) / 2,
+        "flat": generator.normal(size=size) * 0.01,
+        "sharp": generator.normal(size=size) * 6.0,
+        "equal": generator.integers(0, 4, size).astype(float),
+        "banned": np.where(generator.random(size) < 0.4, -np.inf, generator.normal(size=size) * 2),
+    }[kind].astype(np.float32)
+    order = np.argsort(-scores, kind="stable")
+    weights = np.exp(scores.astype(np.float64) - scores.max())
+    share = weights[order].cumsum() / weights.sum()
+    for top_p in (0.0, 0.3, 0.9, 0.999):
+        kept = narrow(scores, GenerationConfig(do_sample=True, top_k=0, top_p=top_p)).ids
+        count = int(share.searchsorted(top_p)) + 1
+        assert abs(kept.size - count) <= 1 + count * 1e-5  # weights are float32
+        assert (np.diff(kept) > 0).all()
+        assert np.isin(kept, order[: count + 2 + count // 50_000]).all() or kind == "equal"
+        assert scores[kept].min() >= scores[order[count - 1]] - 1e-6
+    for top_k in (1, 50, 191, 5000):
+        kept = narrow(scores, GenerationConfig(do_sample=True, top_k=top_k)).ids
+        assert np.array_equal(kept, np.flatnonzero(scores >= np.sort(scores)[size - top_k]))
+    edges = weights.cumsum() / weights.sum()
+    for number in generator.random(50):
+        token = draw(Choice(None, scores), number)
+        assert (edges[token - 1] if token else 0.0) - 1e-6 <= number <= edges[token] + 1e-6
+        assert weights[token] > 0

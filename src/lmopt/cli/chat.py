@@ -10,13 +10,14 @@ from lmopt.cli.opening import open_runtime, room
 from lmopt.cli.options import Backend, Device, Dtype, Source, Threads, Trust, assignments
 from lmopt.cli.output import Output
 from lmopt.cli.run import show
-from lmopt.errors import LmoptError
+from lmopt.errors import LmoptError, UnsupportedOptionError
 
 if TYPE_CHECKING:
     from lmopt.generation import Generation
     from lmopt.runtime import Runtime
 
 NEW_TOKENS: Final = 256
+_KEPT_TOKENS: Final = 32_768
 _HELP: Final = (
     "/reset forgets the conversation, /system TEXT sets the system prompt, /exit ends (so does Ctrl-D)"
 )
@@ -43,9 +44,8 @@ def chat(
     a line. With --json each answer is one line of JSON.
     """
     options = assignments(set_)
-    with open_runtime(
-        out, source, backend=backend, device=device, dtype=dtype, threads=threads, trust=trust
-    ) as runtime:
+    how = {"backend": backend, "device": device, "dtype": dtype, "threads": threads, "trust": trust}
+    with _open(out, source, how) as runtime:
         talk = _Talk(out, runtime, system, options, max_new_tokens)
         talk.ids("")  # a model that has no chat template is refused before anything is typed
         asks = sys.stdin.isatty()
@@ -55,6 +55,14 @@ def chat(
             line = _read_line(out, asks)
             if line is None or not talk.take(line.strip(), go_on=asks):
                 return
+
+
+def _open(out: Output, source: str, how: dict[str, Any]) -> "Runtime":
+    """Open a runtime that reads only what is new of a growing conversation, if its engine can."""
+    try:
+        return open_runtime(out, source, prefix_cache_tokens=_KEPT_TOKENS, **how)
+    except UnsupportedOptionError:
+        return open_runtime(out, source, **how)
 
 
 class _Talk:

@@ -14,9 +14,9 @@ from lmopt.contracts import Engine
 from lmopt.generation.cohorts import for_unequal_rows
 from lmopt.generation.config import GenerationConfig
 from lmopt.generation.history import History
-from lmopt.generation.processors import build_processors
+from lmopt.generation.interruption import Interruption
 from lmopt.generation.results import FinishReason, Generation
-from lmopt.generation.rows import Cancel, Row
+from lmopt.generation.rows import Row
 from lmopt.generation.sampling import check_best, largest, log_normalizer
 from lmopt.generation.stopping import Detokenizer
 from lmopt.types import FloatArray, IntArray
@@ -37,6 +37,7 @@ class _Search:
     """The beams of one prompt.
 
     Attributes:
+        row: The prompt, and what ends the search from outside.
         tokens: `(beams, max_length)` int64, prompt and new tokens of the running beams.
         logprobs: `(beams, max_length)` float32, log-probability of each new token.
         scores: `(beams,)` float32, sums of log-probabilities, best first.
@@ -46,7 +47,7 @@ class _Search:
 
     def __init__(self, row: Row, config: GenerationConfig) -> None:
         beams = config.num_beams
-        self._row = row
+        self.row = row
         self._config = config
         self.length = row.history.length
         self.done = False
@@ -60,7 +61,7 @@ class _Search:
 
     def histories(self) -> list[History]:
         """What each running beam has seen."""
-        return [History(line, self.length, self._row.history.prompt_length) for line in self.tokens]
+        return [History(line, self.length, self.row.history.prompt_length) for line in self.tokens]
 
     def step(self, scores: FloatArray, logprobs: FloatArray) -> IntArray:
         """Read the scores of all continuations and choose the beams that go on.
@@ -94,7 +95,7 @@ class _Search:
 
     def results(self, tokenizer: Detokenizer | None) -> list[Generation]:
         """Make the best sequences, best first; of a search that was cut short, the best so far."""
-        config, start = self._config, self._row.history.prompt_length
+        config, start = self._config, self.row.history.prompt_length
         found = [
             (float(score), sequence)
             for score, sequence in zip(self._finished_scores, self._finished, strict=True)
@@ -107,11 +108,12 @@ class _Search:
             ):
                 if score > _IMPOSSIBLE / 2:
                     part = slice(start, self.length)
-                    found.append((float(score), _Finished(tokens[part], logprobs[part], "cancelled")))
+                    reason = self.row.finish_reason or "cancelled"
+                    found.append((float(score), _Finished(tokens[part], logprobs[part], reason)))
             found.sort(key=lambda pair: -pair[0])
         results = []
         for score, sequence in found[: config.num_return_sequences]:
-            row = self._row
+            row = self.row
             row.history.buffer[start : start + sequence.tokens.size] = sequence.tokens
             row.history.length = start + sequence.tokens.size
             row.finish_reason = sequence.reason
@@ -129,9 +131,9 @@ class _Search:
 
     def _reason(self, tokens: IntArray) -> FinishReason | None:
         """Why a candidate ends with its newest token."""
-        if int(tokens[self.length - 1]) in self._row.eos:
+        if int(tokens[self.length - 1]) in self.row.eos:
             return "stop"
-        if self._row.stops is not None and self._row.stops.matches(tokens[: self.length]):
+        if self.row.stops is not None and self.row.stops.matches(tokens[: self.length]):
             return "stop_string"
         return "length" if self.length == tokens.size else None
 
@@ -140,7 +142,7 @@ class _Search:
     ) -> None:
         """Put candidates that have just finished among the finished ones, where they are better."""
         beams = self._config.num_beams
-        start = self._row.history.prompt_length
+        start = self.row.history.prompt_length
         scores = scores / np.float32((self.length - start) ** self._config.length_penalty)
         # A candidate beyond the best `num_beams` is there only so that enough beams go on.
         finished = [
@@ -159,7 +161,7 @@ class _Search:
 
     def _update(self, nothing_goes_on: bool) -> None:
         """Decide whether the search is over."""
-        config, start = self._config, self._row.history.prompt_length
+        config, start = self._config, self.row.history.prompt_length
         longest = config.early_stopping == "never" and config.length_penalty > 0.0
         span = (self.tokens.shape[1] if longest else self.length) - start
         possible = self.scores[0] / np.float32(span**config.length_penalty)
@@ -173,8 +175,8 @@ def beam_search(
     engine: Engine,
     rows: list[Row],
     config: GenerationConfig,
-    tokenizer: Detokenizer | None = None,
-    cancel: Cancel | None = None,
+    tokenizer: Detokenizer | None,
+    interruption: Interruption,
 ) -> list[list[Generation]]:
     """Search for the best sequences of each prompt.
 
@@ -183,29 +185,29 @@ def beam_search(
         rows: One a prompt, from `prepare`.
         config: Options with `num_beams > 1`.
         tokenizer: For text.
-        cancel: Looked at before each step; the best beams so far are returned then.
+        interruption: Asked before each step; the best beams so far are returned then.
 
     Returns:
         For each prompt its `num_return_sequences` best sequences, best first.
     """
     engine = for_unequal_rows(engine)
-    processors = build_processors(config, engine.facts.vocab_size)
-    beams = config.num_beams
+    processors, beams = rows[0].processors, config.num_beams
     searches = [_Search(row, config) for row in rows]
-    active = searches
-    state = engine.begin(len(rows), capacity=max(row.history.max_length for row in rows))
-    lengths = np.array([row.history.length for row in rows])
-    input_ids = np.zeros((len(rows), lengths.max()), np.int64)
-    for line, row in zip(input_ids, rows, strict=True):
-        line[: row.history.length] = row.history.seen
-    first = True
-    while active and not (cancel is not None and cancel.is_set()):
-        logits, state = engine.forward(input_ids, lengths, state, last_only=True)
-        if first:
-            repeats, first = np.repeat(np.arange(len(rows)), beams), False
-            logits, state = logits[repeats], engine.select(state, repeats)
+    interruption.mark(rows)
+    active = [search for search in searches if search.row.finish_reason is None]
+    if not active:
+        return [search.results(tokenizer) for search in searches]
+    state = engine.begin(len(active), capacity=max(search.row.history.max_length for search in active))
+    lengths = np.array([search.length for search in active])
+    input_ids = np.zeros((len(active), lengths.max()), np.int64)
+    for line, search in zip(input_ids, active, strict=True):
+        line[: search.length] = search.row.history.seen
+    logits, state = engine.forward(input_ids, lengths, state, last_only=True)
+    repeats = np.repeat(np.arange(len(active)), beams)
+    logits, state = logits[repeats], engine.select(state, repeats)
+    while True:
         logprobs = np.stack([line - np.float32(log_normalizer(line)) for line in logits[:, -1]])
-        kept = []
+        parents = []
         for number, search in enumerate(active):
             part = logprobs[number * beams : (number + 1) * beams]
             scores = part.copy() if processors else part
@@ -213,12 +215,12 @@ def beam_search(
                 for line, history in zip(scores, search.histories(), strict=True):
                     for processor in processors:
                         processor(line, history)
-            parents = search.step(scores, part)
-            if not search.done:
-                kept.append(number * beams + parents)
-        active = [search for search in active if not search.done]
-        if active:
-            state = engine.select(state, np.concatenate(kept))
-            input_ids = np.concatenate([search.tokens[:, search.length - 1] for search in active])[:, None]
-            lengths = np.ones(input_ids.shape[0], np.int64)
-    return [search.results(tokenizer) for search in searches]
+            parents.append(number * beams + search.step(scores, part))
+        interruption.mark(search.row for search in active if not search.done)
+        kept = [n for n, one in enumerate(active) if not one.done and one.row.finish_reason is None]
+        if not kept:
+            return [search.results(tokenizer) for search in searches]
+        active = [active[number] for number in kept]
+        state = engine.select(state, np.concatenate([parents[number] for number in kept]))
+        input_ids = np.concatenate([search.tokens[:, search.length - 1] for search in active])[:, None]
+        logits, state = engine.forward(input_ids, np.ones(len(input_ids), np.int64), state, last_only=True)

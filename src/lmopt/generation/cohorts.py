@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lmopt.contracts import Engine, EngineReport, PaddingSide, State
+from lmopt.contracts import Engine, EngineReport, PaddingSide, State, SupportsRewind
 from lmopt.errors import UnsupportedError
 from lmopt.types import FloatArray, IntArray, ModelFacts
 
@@ -67,6 +67,11 @@ class CohortEngine:
         self._engine = engine
 
     @property
+    def rewinds(self) -> bool:
+        """Whether the inner engine's rows can be copied and rewound."""
+        return isinstance(self._engine, SupportsRewind) and self._engine.rewinds
+
+    @property
     def facts(self) -> ModelFacts:
         """Facts of the inner engine's model."""
         return self._engine.facts
@@ -83,13 +88,13 @@ class CohortEngine:
         """Read new tokens, cohort by cohort; see `lmopt.contracts.Engine.forward`.
 
         Raises:
-            UnsupportedError: Rows that share a state are given unequal numbers of tokens: the
-                contract has no way to take a state apart.
+            UnsupportedError: Rows that share a state are given unequal numbers of tokens, and the
+                engine cannot copy it: there is no way to take it apart.
         """
         state = _own(state)
         cohorts: list[_Cohort] = []
         results: list[FloatArray] = []
-        for cohort in (part for whole in state.cohorts for part in _split(whole, lengths)):
+        for cohort in (part for whole in state.cohorts for part in self._split(whole, lengths)):
             width = int(lengths[cohort.rows[0]])
             inner = cohort.state
             if inner is None:
@@ -145,6 +150,27 @@ class CohortEngine:
             cohorts.append(_Cohort(rows, joined, group[0].length))
         return replace(owned[0], cohorts=tuple(cohorts), batch=offset)
 
+    def rewind(self, state: State, lengths: IntArray) -> CohortState:
+        """Let each row forget all but its first tokens; see `lmopt.contracts.SupportsRewind`."""
+        state = _own(state)
+        cohorts = []
+        for part in (part for whole in state.cohorts for part in self._split(whole, lengths)):
+            length = int(lengths[part.rows[0]])
+            inner = part.state
+            if inner is not None and length < part.length:
+                inner = self._engine.rewind(inner, lengths[part.rows])  # type: ignore[attr-defined]
+            cohorts.append(_Cohort(part.rows, inner, length))
+        return replace(state, cohorts=tuple(cohorts))
+
+    def copy(self, state: State, *, capacity: int | None = None) -> CohortState:
+        """Make an independent copy; see `lmopt.contracts.SupportsRewind`."""
+        state = _own(state)
+        cohorts = tuple(
+            one if one.state is None else replace(one, state=self._copy(one.state, capacity))
+            for one in state.cohorts
+        )
+        return replace(state, cohorts=cohorts, capacity=state.capacity if capacity is None else capacity)
+
     def report(self) -> EngineReport:
         """Report of the inner engine."""
         return self._engine.report()
@@ -152,6 +178,30 @@ class CohortEngine:
     def close(self) -> None:
         """Close the inner engine."""
         self._engine.close()
+
+    def _copy(self, state: State, capacity: int | None = None) -> State:
+        copied: State = self._engine.copy(state, capacity=capacity)  # type: ignore[attr-defined]
+        return copied
+
+    def _split(self, cohort: _Cohort, numbers: IntArray) -> list[_Cohort]:
+        """Take a cohort apart into rows that have the same number in `numbers`, which is `(batch,)`."""
+        own = numbers[cohort.rows]
+        kinds = np.unique(own)
+        if kinds.size == 1:
+            return [cohort]
+        if cohort.state is None:
+            return [replace(cohort, rows=cohort.rows[own == kind]) for kind in kinds]
+        if not self.rewinds:
+            raise UnsupportedError(
+                "rows that have read equally much are given unequal numbers of new tokens, and this engine's "
+                "state cannot be taken apart. Feed them one token at a time, or begin a state for each row."
+            )
+        parts = []
+        for kind in kinds:
+            inside = np.flatnonzero(own == kind)
+            whole = cohort.state if kind == kinds[-1] else self._copy(cohort.state)
+            parts.append(_Cohort(cohort.rows[inside], self._engine.select(whole, inside), cohort.length))
+        return parts
 
 
 def for_unequal_rows(engine: Engine) -> Engine:
@@ -163,19 +213,6 @@ def _own(state: State) -> CohortState:
     if not isinstance(state, CohortState):
         raise UnsupportedError(f"expected a state of this CohortEngine, was given a {type(state).__name__}.")
     return state
-
-
-def _split(cohort: _Cohort, lengths: IntArray) -> list[_Cohort]:
-    """Take a cohort apart by the number of tokens that its rows read next."""
-    sizes = np.unique(lengths[cohort.rows])
-    if sizes.size == 1:
-        return [cohort]
-    if cohort.state is not None:
-        raise UnsupportedError(
-            "rows that have read equally much are given unequal numbers of new tokens, and this engine's "
-            "state cannot be taken apart. Feed them one token at a time, or begin a state for each row."
-        )
-    return [replace(cohort, rows=cohort.rows[lengths[cohort.rows] == size]) for size in sizes]
 
 
 def _placed(results: list[FloatArray], state: CohortState, width: int) -> FloatArray:

@@ -4,10 +4,10 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
-from typing import Any, Final, Literal, Self, TypeGuard
+from typing import Any, Final, Literal, Self
 
-from lmopt.errors import ContextLengthError, UnsupportedOptionError
+from lmopt.errors import ContextLengthError
+from lmopt.generation.checking import checked, checked_together
 from lmopt.generation.options import check_file_value, reject_option
 
 _logger = logging.getLogger(__name__)
@@ -15,35 +15,9 @@ _logger = logging.getLogger(__name__)
 DEFAULT_NEW_TOKENS: Final = 20
 """Tokens generated where no limit is given; transformers' own default."""
 
-_AT_LEAST: Final = {
-    "max_new_tokens": 1,
-    "max_length": 1,
-    "min_new_tokens": 0,
-    "min_length": 0,
-    "top_k": 0,
-    "no_repeat_ngram_size": 0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "forced_bos_token_id": 0,
-    "forced_eos_token_id": 0,
-    "bos_token_id": 0,
-    "pad_token_id": None,  # some published files say -1; nothing here pads with it
-}
-# Name -> (low, high, low itself allowed, high itself allowed).
-_BETWEEN: Final = {
-    "temperature": (0.0, math.inf, False, False),
-    "top_p": (0.0, 1.0, True, True),
-    "min_p": (0.0, 1.0, True, True),
-    "typical_p": (0.0, 1.0, False, True),
-    "repetition_penalty": (0.0, math.inf, False, False),
-    "length_penalty": (-math.inf, math.inf, False, False),
-}
-_FLAGS: Final = ("do_sample", "renormalize_logits")
-_ID_LISTS: Final = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 # What `None` from a caller means where it is not simply the default: no restriction.
 _NONE_MEANS: Final = {"top_k": 0}
-_MOST_SEED: Final = 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +63,14 @@ class GenerationConfig:
         seed: One seed for every prompt of the request, or one a prompt. The tokens of a row are a
             function of its seed, its sequence number and the positions, so equal prompts with
             equal seeds give equal text. `None` draws fresh ones (see `Generation.seed`).
+        max_time: Most seconds from the call on. What is there by then is returned, with the
+            `finish_reason` `"time"`. It is looked at between two calls of the engine.
+        prompt_lookup_num_tokens: Most tokens of a draft in prompt lookup decoding: where the last
+            tokens of a row have occurred before, what followed them is read in one call, and kept as
+            far as it is what would have been chosen anyway. The tokens are the same as without, and
+            come sooner where the output repeats the prompt (quoting, editing, code). It pauses by
+            itself where it does not pay; an engine that cannot rewind decodes plainly.
+        max_matching_ngram_size: Most tokens that must have occurred before; 2 where `None`.
 
     Raises:
         UnsupportedOptionError: A value has the wrong type or range, or two contradict each other.
@@ -122,36 +104,15 @@ class GenerationConfig:
     stop_strings: str | Sequence[str] | None = None
     logprobs: bool | int = False
     seed: int | Sequence[int] | None = None
+    max_time: float | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value and turn lists into tuples."""
-        for name, least in _AT_LEAST.items():
-            self._check_integer(name, least)
-        for name, bounds in _BETWEEN.items():
-            self._check_number(name, *bounds)
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, getattr(self, name), "True or False")
-        for name in _ID_LISTS:
-            value = getattr(self, name)
-            if value is not None:
-                self._set(name, _ids(name, value))
-        if self.bad_words_ids is not None:
-            self._set("bad_words_ids", tuple(_ids("bad_words_ids", word) for word in self.bad_words_ids))
-            if not all(self.bad_words_ids):
-                raise _wrong("bad_words_ids", self.bad_words_ids, "lists with at least one token id each")
-        if self.stop_strings is not None:
-            strings = (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
-            if not all(isinstance(text, str) and text for text in strings):
-                raise _wrong("stop_strings", self.stop_strings, "strings that are not empty")
-            self._set("stop_strings", strings or None)
-        if self.early_stopping not in (True, False, "never"):
-            raise _wrong("early_stopping", self.early_stopping, 'True, False or "never"')
-        number: object = self.logprobs
-        if not isinstance(number, bool) and not (_is_integer(number) and number >= 0):
-            raise _wrong("logprobs", number, "True, False or a number >= 0")
-        self._check_seed()
-        self._check_together()
+        for field in fields(self):
+            object.__setattr__(self, field.name, checked(field.name, getattr(self, field.name)))
+        checked_together(self)
 
     @classmethod
     def from_options(cls, defaults: Mapping[str, Any] | None = None, **options: Any) -> Self:
@@ -252,79 +213,3 @@ class GenerationConfig:
     def seed_of(self, prompt: int) -> int | None:
         """Seed of one prompt of the request, `None` where a fresh one is wanted."""
         return self.seed[prompt] if isinstance(self.seed, tuple) else self.seed  # type: ignore[return-value]
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def _check_integer(self, name: str, least: int | None) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if not _is_integer(value) or (least is not None and value < least):
-            raise _wrong(name, value, "an integer" if least is None else f"an integer >= {least}")
-        self._set(name, int(value))
-
-    def _check_number(self, name: str, low: float, high: float, with_low: bool, with_high: bool) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        span = f"a number in {'[' if with_low else '('}{low:g}, {high:g}{']' if with_high else ')'}"
-        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
-        if not (low < number < high or (with_low and number == low) or (with_high and number == high)):
-            hint = (
-                " For greedy decoding leave it out, or pass do_sample=False." if name == "temperature" else ""
-            )
-            raise _wrong(name, value, f"{span}.{hint}")
-        self._set(name, number)
-
-    def _check_seed(self) -> None:
-        if self.seed is None:
-            return
-        seeds: Sequence[object] = self.seed if isinstance(self.seed, Sequence) else (self.seed,)
-        if not all(_is_integer(seed) and 0 <= seed <= _MOST_SEED for seed in seeds):
-            raise _wrong("seed", self.seed, f"an integer in [0, {_MOST_SEED}], or one a prompt")
-        numbers = tuple(int(seed) for seed in seeds if _is_integer(seed))
-        self._set("seed", numbers if isinstance(self.seed, Sequence) else numbers[0])
-
-    def _check_together(self) -> None:
-        if self.num_beams > 1 and self.do_sample:
-            raise UnsupportedOptionError(
-                f"num_beams={self.num_beams} with sampling (beam sampling) is not implemented. "
-                f"Pass do_sample=False for beam search, or num_beams=1 for sampling."
-            )
-        if self.num_beams > 1 and self.top_logprobs:
-            raise UnsupportedOptionError(
-                f"logprobs={self.logprobs} with num_beams={self.num_beams}: beam search reports the "
-                f"log-probabilities of its tokens only. Pass logprobs=True."
-            )
-        if self.num_return_sequences > self.num_beams > 1:
-            raise _wrong(
-                "num_return_sequences", self.num_return_sequences, f"at most num_beams={self.num_beams}"
-            )
-        if self.num_return_sequences > 1 and self.num_beams == 1 and not self.do_sample:
-            raise UnsupportedOptionError(
-                f"num_return_sequences={self.num_return_sequences}: greedy decoding has one result only. "
-                f"Pass do_sample=True, or num_beams={self.num_return_sequences}."
-            )
-        if self.min_new_tokens and self.max_new_tokens and self.min_new_tokens > self.max_new_tokens:
-            raise _wrong(
-                "min_new_tokens", self.min_new_tokens, f"at most max_new_tokens={self.max_new_tokens}"
-            )
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    """Whether it is an integer of Python or NumPy, and not a truth value."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _ids(name: str, value: object) -> tuple[int, ...]:
-    """Turn an id or a list of ids into a tuple."""
-    if _is_integer(value) and value >= 0:
-        return (int(value),)
-    if not isinstance(value, Sequence) or not all(_is_integer(token) and token >= 0 for token in value):
-        raise _wrong(name, value, "token ids >= 0")
-    return tuple(dict.fromkeys(map(int, value))) if name != "bad_words_ids" else tuple(map(int, value))
-
-
-def _wrong(name: str, value: object, expected: str) -> UnsupportedOptionError:
-    return UnsupportedOptionError(f"{name}={value!r} is not possible; expected {expected}".rstrip(".") + ".")

@@ -43,6 +43,11 @@ class History:
         """`(length - prompt_length,)` new tokens; a view."""
         return self.buffer[self.prompt_length : self.length]
 
+    @property
+    def newest(self) -> int:
+        """The last token."""
+        return int(self.buffer[self.length - 1])
+
     def append(self, token: int) -> None:
         """Add one token."""
         self.buffer[self.length] = token

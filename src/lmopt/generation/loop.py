@@ -1,21 +1,23 @@
-"""The decoding loop: greedy and sampled, for any engine and any batch."""
+"""Generation from token ids, for any engine and any number of prompts."""
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-import numpy as np
-
 from lmopt.contracts import Engine
+from lmopt.errors import UnsupportedOptionError
+from lmopt.generation.batching import steps
 from lmopt.generation.beam import beam_search
-from lmopt.generation.cohorts import for_unequal_rows
 from lmopt.generation.config import GenerationConfig
-from lmopt.generation.processors import Processor, build_processors
+from lmopt.generation.interruption import Cancels, Interruption
 from lmopt.generation.results import Generation, Token
-from lmopt.generation.rows import Cancel, Row, prepare
-from lmopt.generation.sampling import check_best, draw, greedy, narrow
+from lmopt.generation.rows import Row, decoding_failed, prepare
 from lmopt.generation.stopping import Detokenizer
-from lmopt.types import FloatArray, IntArray
+from lmopt.generation.workspace import Workspace
+from lmopt.types import IntArray
+
+_logger = logging.getLogger(__name__)
 
 OnToken: TypeAlias = Callable[[Token], object]
 
@@ -23,29 +25,38 @@ OnToken: TypeAlias = Callable[[Token], object]
 def generate(
     engine: Engine,
     prompts: Sequence[Sequence[int] | IntArray],
-    config: GenerationConfig | None = None,
+    config: GenerationConfig | Sequence[GenerationConfig] | None = None,
     *,
     tokenizer: Detokenizer | None = None,
-    cancel: Cancel | None = None,
+    cancel: Cancels = None,
     on_token: OnToken | None = None,
+    workspace: Workspace | None = None,
 ) -> list[list[Generation]]:
-    """Generate from token ids, all prompts in one batch.
+    """Generate from token ids, all prompts in one batch as far as the limits allow.
 
-    A row's result depends on its prompt, its seed and the config only: not on the other rows, their
-    number, order or lengths (as far as the engine keeps its own promise of that).
+    Prompts enter the batch as soon as finished ones leave it. A row's result depends on its prompt, its
+    seed and its config only: not on the other rows, their number, order or lengths (as far as the engine
+    keeps its own promise of that).
+
+    An error of one row (NaN in its logits, no token left to choose, a tokenizer that fails on its text)
+    ends that row: its `finish_reason` is `"error"`, its `error` says why, and a warning is logged. Only
+    where no row has a result the first error is raised, so that of a single prompt always is. What is wrong
+    with the request is raised before any work, and a call that fails in the engine ends the request.
 
     Args:
         engine: Any engine.
         prompts: Token ids, of any lengths; an empty one starts from `bos_token_id`.
-        config: Options; `GenerationConfig()` where `None`.
+        config: Options, or a list with those of each prompt; `GenerationConfig()` where `None`.
         tokenizer: For text and stop strings; without it `Generation.text` is `None`.
-        cancel: Looked at before each token; what is there by then is returned, with the
-            `finish_reason` `"cancelled"` for rows that were not done.
+        cancel: Looked at before each call of the engine, one for the request or a list with one (or
+            `None`) a prompt; what is there by then is returned, with the `finish_reason` `"cancelled"`
+            for rows that were not done.
         on_token: Called with each `Token` as soon as it is chosen; with beams, where no token is
             sure before the end, once with each token of the best sequences at the end.
+        workspace: Limits, and what requests share.
 
     Returns:
-        For each prompt, its `num_return_sequences` results; those of beams best first.
+        For each prompt, in their order, its `num_return_sequences` results; those of beams best first.
 
     Raises:
         UnsupportedOptionError: Options that contradict the request, or leave no token to choose.
@@ -53,117 +64,66 @@ def generate(
         EmptyPromptError: A prompt is empty and there is no `bos_token_id`.
         TokenIdError: An id is outside the vocabulary.
         TokenizerError: Stop strings without a tokenizer.
-        EngineError: The engine returned NaN.
+        EngineError: The engine returned NaN, or failed.
     """
     config = config or GenerationConfig()
     rows = prepare(engine, prompts, config, tokenizer)
     if not rows:
         return []
-    results: list[list[Generation]] = [[] for _ in prompts]
-    if config.num_beams > 1:
-        for number, found in enumerate(beam_search(engine, rows, config, tokenizer, cancel)):
-            results[number] = found
-            for sequence, generation in enumerate(found):
-                last = len(generation.token_ids) - 1
-                for place, token in enumerate(generation.token_ids if on_token else ()):
-                    reason = generation.finish_reason if place == last else None
-                    on_token(Token(number, sequence, token, reason))  # type: ignore[misc]
-        return results
-    with contextlib.closing(steps(engine, rows, config, cancel)) as running:
+    interruption = Interruption(cancel, rows)
+    workspace = workspace or Workspace()
+    if any(row.config.num_beams > 1 for row in rows):
+        if any(row.config != rows[0].config for row in rows):
+            raise UnsupportedOptionError(
+                "prompts with num_beams > 1 must all have the same config; given different ones. "
+                "Call generate once for each of them."
+            )
+        found = beam_search(engine, rows, rows[0].config, tokenizer, interruption)
+        if on_token is not None:
+            _tell(found, on_token)
+        return found
+    with contextlib.closing(steps(engine, rows, workspace, interruption)) as running:
         for active in running:
             if on_token is not None:
                 for row in active:
                     on_token(row.token())
+    results: list[list[Generation]] = [[] for _ in prompts]
     for row in rows:
-        results[row.prompt].append(row.result(config, None if tokenizer is None else row.text(tokenizer)))
+        text = None if tokenizer is None else _text(row, tokenizer)
+        results[row.prompt].append(row.result(text))
+    _report_errors(rows)
     return results
 
 
-def steps(
-    engine: Engine, rows: list[Row], config: GenerationConfig, cancel: Cancel | None = None
-) -> Generator[list[Row]]:
-    """Give each unfinished row its next token, step by step, until all are finished.
+def _text(row: Row, tokenizer: Detokenizer) -> str | None:
+    try:
+        return row.text(tokenizer)
+    except Exception as error:
+        row.fail(row.error or decoding_failed(error))
+        return None
 
-    Args:
-        engine: Any engine.
-        rows: From `prepare`; changed in place.
-        config: Options.
-        cancel: Looked at before each step.
 
-    Yields:
-        The rows that have just been given a token.
-    """
-    engine = for_unequal_rows(engine)
-    processors = build_processors(config, engine.facts.vocab_size)
-    active = rows
-    if _cancelled(cancel, active):
+def _report_errors(rows: Sequence[Row]) -> None:
+    """Raise where nothing came out, else warn of what is missing."""
+    failed = [row for row in rows if row.error is not None]
+    if not failed:
         return
-    # Sequences of one prompt share its reading.
-    firsts = [row for row in rows if row.sequence == 0]
-    lengths = np.array([row.history.length for row in firsts])
-    input_ids = np.zeros((len(firsts), lengths.max()), np.int64)
-    for line, row in zip(input_ids, firsts, strict=True):
-        line[: row.history.length] = row.history.seen
-    state = engine.begin(len(firsts), capacity=max(row.history.max_length for row in rows))
-    logits, state = engine.forward(input_ids, lengths, state, last_only=True)
-    if len(firsts) < len(rows):
-        repeats = np.array([row.prompt for row in rows])
-        logits, state = logits[repeats], engine.select(state, repeats)
-    while True:
-        last = logits[:, -1]
-        for row, token in zip(active, choose(last, active, config, processors), strict=True):
-            row.accept(token)
-        yield active
-        kept = [number for number, row in enumerate(active) if row.finish_reason is None]
-        if not kept:
-            return
-        if len(kept) < len(active):
-            active = [active[number] for number in kept]
-            state = engine.select(state, np.array(kept))
-        if _cancelled(cancel, active):
-            return
-        next_ids = np.array([[row.history.buffer[row.history.length - 1]] for row in active])
-        logits, state = engine.forward(next_ids, np.ones(len(active), np.int64), state, last_only=True)
+    first = failed[0].error
+    assert first is not None
+    if len(failed) == len(rows):
+        raise first
+    # Not its message: that may hold text of the prompt.
+    _logger.warning(
+        "%d of %d sequences ended with an error, see Generation.error; the first, of prompt %d, is a %s",
+        len(failed), len(rows), failed[0].prompt, type(first).__name__,
+    )  # fmt: skip
 
 
-def choose(
-    logits: FloatArray, rows: list[Row], config: GenerationConfig, processors: Sequence[Processor]
-) -> list[int]:
-    """Choose the next token of each row and note log-probabilities.
-
-    Args:
-        logits: `(rows, vocab_size)` raw logits.
-        rows: The rows.
-        config: Options.
-        processors: From `build_processors`.
-    """
-    if not processors and not config.do_sample:
-        tokens = greedy(logits)
-    else:
-        tokens = [_choose_one(line, row, config, processors) for line, row in zip(logits, rows, strict=True)]
-    if config.wants_logprobs:
-        for line, row, token in zip(logits, rows, tokens, strict=True):
-            row.record(line, token, config.top_logprobs)
-    return tokens
-
-
-def _choose_one(
-    logits: FloatArray, row: Row, config: GenerationConfig, processors: Sequence[Processor]
-) -> int:
-    # A row is processed alone: its arithmetic, rounding included, is then the same in any batch.
-    check_best(float(logits.max()))
-    scores = logits
-    if processors:
-        scores = logits.copy()
-        for processor in processors:
-            processor(scores, row.history)
-        check_best(float(scores.max()))
-    return draw(narrow(scores, config), row.uniform()) if config.do_sample else int(scores.argmax())
-
-
-def _cancelled(cancel: Cancel | None, rows: list[Row]) -> bool:
-    if cancel is None or not cancel.is_set():
-        return False
-    for row in rows:
-        row.finish_reason = "cancelled"
-    return True
+def _tell(found: Sequence[Sequence[Generation]], on_token: OnToken) -> None:
+    """Hand out the tokens of finished beams."""
+    for number, generations in enumerate(found):
+        for sequence, generation in enumerate(generations):
+            last = len(generation.token_ids) - 1
+            for place, token in enumerate(generation.token_ids):
+                reason = generation.finish_reason if place == last else None
+                on_token(Token(number, sequence, token, reason))

@@ -1,10 +1,13 @@
 """What generation returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "stop_string", "length", "cancelled"]
-"""Why a sequence ended: an end-of-sequence id, a stop string, its length limit, the caller."""
+from lmopt.errors import LmoptError
+
+FinishReason: TypeAlias = Literal["stop", "stop_string", "length", "cancelled", "time", "error"]
+"""Why a sequence ended: an end-of-sequence id, a stop string, its length limit, the caller, `max_time`,
+or an error of this sequence alone (`Generation.error`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,11 @@ class Generation:
             `length_penalty` (transformers' `sequences_scores`); else `None`.
         seed: Seed that the sequence was sampled with, drawn by lmopt where none was given; `None`
             where nothing was sampled.
+        error: What ended the sequence where `finish_reason` is `"error"`; tokens and text are those
+            before it.
+        drafted: Tokens that prompt lookup proposed. How the work was done, not what came out, so it
+            does not count when generations are compared.
+        accepted: How many of them were right.
     """
 
     token_ids: list[int]
@@ -53,6 +61,9 @@ class Generation:
     top_logprobs: list[dict[int, float]] | None = None
     score: float | None = None
     seed: int | None = None
+    error: LmoptError | None = None
+    drafted: int = field(default=0, compare=False)
+    accepted: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         """Give the text, or the ids where there is no tokenizer."""

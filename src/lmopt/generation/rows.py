@@ -1,35 +1,21 @@
 """One row of a request: what it has read, how it is sampled, when it ends, what it returns."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import numpy as np
 
 from lmopt.contracts import Engine
-from lmopt.errors import (
-    DtypeError,
-    EmptyPromptError,
-    ShapeError,
-    TokenIdError,
-    TokenizerError,
-    UnsupportedOptionError,
-)
+from lmopt.errors import EmptyPromptError, LmoptError, TokenizerError, UnsupportedOptionError
 from lmopt.generation.config import GenerationConfig
 from lmopt.generation.history import History
+from lmopt.generation.lookup import Lookup
+from lmopt.generation.processors import Processor, build_processors
+from lmopt.generation.prompts import check_ids
 from lmopt.generation.randomness import fresh_seed, uniform
 from lmopt.generation.results import FinishReason, Generation, Token
 from lmopt.generation.sampling import largest, log_normalizer
 from lmopt.generation.stopping import Detokenizer, StopStrings
 from lmopt.types import FloatArray, IntArray
-
-
-class Cancel(Protocol):
-    """Says whether to stop; a `threading.Event` does."""
-
-    def is_set(self) -> bool:
-        """Whether the work is to end."""
-        ...
 
 
 @dataclass(slots=True)
@@ -40,23 +26,33 @@ class Row:
         prompt: Number of the prompt in the request.
         sequence: Number of the sequence among those of its prompt.
         history: Its tokens.
+        config: Its options.
+        processors: What changes its logits before a token is chosen.
         eos: Ids that end it.
         stops: Looks for stop strings, `None` where there are none.
         seed: Seed of its random numbers, `None` where nothing is drawn.
+        lookup: Drafts from what it has seen, `None` where they are not asked for.
+        deadline: When it must end, on the clock of `time.monotonic`.
         logprobs: As in `Generation`.
         top_logprobs: As in `Generation`.
         finish_reason: `None` while it grows.
+        error: What ended it, if an error did.
     """
 
     prompt: int
     sequence: int
     history: History
+    config: GenerationConfig
+    processors: tuple[Processor, ...] = ()
     eos: frozenset[int] = frozenset()
     stops: StopStrings | None = None
     seed: int | None = None
+    lookup: Lookup | None = None
+    deadline: float | None = None
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: LmoptError | None = None
 
     def uniform(self) -> float:
         """Random number of the next position."""
@@ -68,22 +64,26 @@ class Row:
         history.append(token)
         if token in self.eos:
             self.finish_reason = "stop"
-        elif self.stops is not None and self.stops.matches(history.seen):
+        elif self.stops is not None and self._stops():
             self.finish_reason = "stop_string"
-        elif history.length == history.max_length:
+        elif history.length == history.max_length and self.finish_reason is None:
             self.finish_reason = "length"
 
-    def record(self, logits: FloatArray, token: int, top: int) -> None:
-        """Note the log-probability of a token, and of the `top` likeliest, under `(vocab_size,)` logits."""
+    def fail(self, error: LmoptError) -> None:
+        """End the row with an error of its own."""
+        self.finish_reason, self.error = "error", error
+
+    def record(self, logits: FloatArray, token: int) -> None:
+        """Note the log-probability of a token, and of the likeliest, under `(vocab_size,)` logits."""
         normalizer = log_normalizer(logits)
         self.logprobs.append(float(logits[token]) - normalizer)
-        if top:
-            ids = largest(logits, top).tolist()
+        if self.config.top_logprobs:
+            ids = largest(logits, self.config.top_logprobs).tolist()
             self.top_logprobs.append({one: float(logits[one]) - normalizer for one in ids})
 
     def token(self) -> Token:
         """Describe the newest token."""
-        return Token(self.prompt, self.sequence, int(self.history.new[-1]), self.finish_reason)
+        return Token(self.prompt, self.sequence, self.history.newest, self.finish_reason)
 
     def text(self, tokenizer: Detokenizer) -> str:
         """Text of the new tokens, cut before a stop string."""
@@ -92,87 +92,101 @@ class Row:
             return text
         return text[: max(0, len(text) - self.stops.tail(self.history.seen))]
 
-    def result(self, config: GenerationConfig, text: str | None) -> Generation:
+    def result(self, text: str | None) -> Generation:
         """Make the result, with the text that the caller has."""
         return Generation(
             token_ids=self.history.new.tolist(),
             text=text,
             finish_reason=self.finish_reason or "cancelled",
             prompt_tokens=self.history.prompt_length,
-            logprobs=self.logprobs if config.wants_logprobs else None,
-            top_logprobs=self.top_logprobs if config.top_logprobs else None,
+            logprobs=self.logprobs if self.config.wants_logprobs else None,
+            top_logprobs=self.top_logprobs if self.config.top_logprobs else None,
             seed=self.seed,
+            error=self.error,
+            drafted=self.lookup.drafted if self.lookup else 0,
+            accepted=self.lookup.accepted if self.lookup else 0,
         )
+
+    def _stops(self) -> bool:
+        assert self.stops is not None
+        try:
+            return self.stops.matches(self.history.seen)
+        except Exception as error:
+            self.fail(decoding_failed(error))
+            return False
+
+
+def decoding_failed(error: Exception) -> LmoptError:
+    """Say that a tokenizer could not turn ids into text, in its own words."""
+    if isinstance(error, LmoptError):
+        return error
+    found = TokenizerError(f"the tokenizer failed on generated ids: {type(error).__name__}: {error}")
+    found.__cause__ = error
+    return found
 
 
 def prepare(
     engine: Engine,
     prompts: Sequence[Sequence[int] | IntArray],
-    config: GenerationConfig,
+    config: GenerationConfig | Sequence[GenerationConfig],
     tokenizer: Detokenizer | None,
 ) -> list[Row]:
-    """Check the prompts and make the rows, `num_return_sequences` a prompt.
+    """Check the prompts and make the rows, `num_return_sequences` a prompt, next to each other.
 
     With beams there is one row a prompt.
 
     Raises:
         InputError: A prompt is malformed, empty or too long; the number of it is in the message.
+        TokenIdError: An option names an id outside the vocabulary.
         TokenizerError: Stop strings are asked for and no tokenizer is given.
-        UnsupportedOptionError: The number of seeds is not that of prompts.
+        UnsupportedOptionError: The number of seeds or configs is not that of prompts.
     """
-    stops = None
-    if config.stops:
-        if tokenizer is None:
-            raise TokenizerError(
-                f"stop_strings={list(config.stops)} need a tokenizer. Pass tokenizer=... too."
-            )
-        stops = StopStrings(config.stops, tokenizer)
-    if isinstance(config.seed, tuple) and len(config.seed) != len(prompts):
+    configs = [config] * len(prompts) if isinstance(config, GenerationConfig) else list(config)
+    if len(configs) != len(prompts):
         raise UnsupportedOptionError(
-            f"{len(config.seed)} seeds were given for {len(prompts)} prompts. Give one a prompt, or just one."
+            f"{len(configs)} configs were given for {len(prompts)} prompts. Give one a prompt, or just one."
         )
+    vocab_size, now = engine.facts.vocab_size, time.monotonic()
+    # What does not change is shared by the rows of one config.
+    parts = {id(one): (_stop_strings(one, tokenizer), build_processors(one, vocab_size)) for one in configs}
     rows = []
-    for number, prompt in enumerate(prompts):
-        ids = check_ids(prompt, engine.facts.vocab_size, f"prompt {number}")
+    for number, (prompt, one) in enumerate(zip(prompts, configs, strict=True)):
+        if isinstance(one.seed, tuple) and len(one.seed) != len(prompts):
+            raise UnsupportedOptionError(
+                f"{len(one.seed)} seeds were given for {len(prompts)} prompts. Give one a prompt, or just one."
+            )
+        ids = check_ids(prompt, vocab_size, f"prompt {number}")
         if ids.size == 0:
-            ids = _empty_prompt(config, engine.facts.vocab_size, number)
-        new_tokens = config.new_tokens(ids.size, engine.facts.context_length)
-        seed = config.seed_of(number) if config.do_sample else None
-        if config.do_sample and seed is None:
+            ids = _empty_prompt(one, vocab_size, number)
+        new_tokens = one.new_tokens(ids.size, engine.facts.context_length)
+        seed = one.seed_of(number) if one.do_sample else None
+        if one.do_sample and seed is None:
             seed = fresh_seed()
-        copies = config.num_return_sequences if config.num_beams == 1 else 1
+        stops, processors = parts[id(one)]
         rows += [
-            Row(number, copy, History.start(ids, new_tokens), frozenset(config.eos_ids), stops, seed)
-            for copy in range(copies)
+            Row(
+                prompt=number,
+                sequence=copy,
+                history=History.start(ids, new_tokens),
+                config=one,
+                processors=processors,
+                eos=frozenset(one.eos_ids),
+                stops=stops,
+                seed=seed,
+                lookup=Lookup.of(one),
+                deadline=None if one.max_time is None else now + one.max_time,
+            )
+            for copy in range(one.num_return_sequences if one.num_beams == 1 else 1)
         ]
     return rows
 
 
-def check_ids(ids: Sequence[int] | IntArray, vocab_size: int, what: str) -> IntArray:
-    """Turn token ids into `(n,)` int64.
-
-    Raises:
-        DtypeError: They are not integers.
-        ShapeError: They are not a flat list.
-        TokenIdError: One is outside the vocabulary.
-    """
-    try:
-        array = np.asarray(ids)
-    except ValueError as error:
-        raise ShapeError(f"{what} is not a flat list of token ids ({error}).") from error
-    if array.dtype.kind == "U":
-        raise DtypeError(f"{what} is a text; expected token ids. Encode it with the model's tokenizer first.")
-    if array.ndim != 1:
-        raise ShapeError(f"{what} has shape {array.shape}; expected a flat list of token ids.")
-    if array.size and array.dtype.kind not in "iu":
-        raise DtypeError(f"{what} holds {array.dtype}; expected integer token ids.")
-    if array.size and (array.min() < 0 or array.max() >= vocab_size):
-        wrong = int(array[(array < 0) | (array >= vocab_size)][0])
-        raise TokenIdError(
-            f"{what} holds id {wrong}; the model's vocabulary has ids 0 to {vocab_size - 1}. "
-            f"Was it encoded with another model's tokenizer?"
-        )
-    return array.astype(np.int64)
+def _stop_strings(config: GenerationConfig, tokenizer: Detokenizer | None) -> StopStrings | None:
+    if not config.stops:
+        return None
+    if tokenizer is None:
+        raise TokenizerError(f"stop_strings={list(config.stops)} need a tokenizer. Pass tokenizer=... too.")
+    return StopStrings(config.stops, tokenizer)
 
 
 def _empty_prompt(config: GenerationConfig, vocab_size: int, number: int) -> IntArray:

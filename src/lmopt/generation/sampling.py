@@ -15,6 +15,7 @@ from lmopt.types import FloatArray, IntArray
 
 _LANES = 64  # the k-th largest value is looked for in the maxima of so many values first
 _BLOCK = 256  # entries that are summed in one go
+_LIKELY = (3e-5, 1e-6)  # probability that a token needs to be looked at first, and then
 _BINS, _BINS_PER_UNIT = 1024, 32  # for finding a border: 32 nats in steps of 1/32, the rest in the last bin
 
 
@@ -79,7 +80,7 @@ def narrow(scores: FloatArray, config: GenerationConfig) -> Choice:
         scores = scores / np.float32(config.temperature)
     choice = Choice(None, scores)
     if 0 < config.top_k < scores.size:
-        choice = choice.keep(np.flatnonzero(scores >= _kth_largest(scores, config.top_k)))
+        choice = choice.keep(_not_below_kth(scores, config.top_k))
     if config.top_p < 1.0:
         choice = choice.keep(_nucleus(choice.scores, config.top_p))
     if config.min_p is not None:
@@ -97,18 +98,21 @@ def draw(choice: Choice, uniform: float) -> int:
         choice: What is possible; the scores need not be normalised.
         uniform: From [0, 1).
     """
-    weights = np.exp(choice.scores - choice.scores.max())
+    weights = _weights(choice.scores, choice.scores.max())
     if weights.size <= _BLOCK:
         index = _invert(weights, uniform)
     else:
         # Choose a block by its sum first: a running sum over a whole vocabulary takes half a millisecond.
-        blocks = np.zeros((-(-weights.size // _BLOCK), _BLOCK), np.float32)
-        blocks.reshape(-1)[: weights.size] = weights
+        whole = weights.size // _BLOCK
+        blocks, last = weights[: whole * _BLOCK].reshape(whole, _BLOCK), weights[whole * _BLOCK :]
         sums = blocks.sum(axis=1)
+        if last.size:
+            last = np.pad(last, (0, _BLOCK - last.size))
+            sums = np.append(sums, last.sum())
         block = _invert(sums, uniform)
         total, before = float(sums.sum(dtype=np.float64)), float(sums[:block].sum(dtype=np.float64))
         rest = min(max(0.0, (uniform * total - before) / float(sums[block])), 1.0)
-        index = block * _BLOCK + _invert(blocks[block], rest)
+        index = block * _BLOCK + _invert(blocks[block] if block < whole else last, rest)
     return index if choice.ids is None else int(choice.ids[index])
 
 
@@ -121,22 +125,29 @@ def log_normalizer(scores: FloatArray) -> float:
 def largest(values: FloatArray, count: int) -> IntArray:
     """Positions of the `count` largest of `(n,)` values, best first, the lower position among equals."""
     count = min(count, values.size)
-    # Minus infinity as bound (fewer finite values than `count`) admits all, which is right.
-    candidates = np.flatnonzero(values >= _kth_largest(values, count))
+    candidates = _not_below_kth(values, count)
     order = np.argsort(-values[candidates], kind="stable")[:count]
     return candidates[order]
 
 
-def _kth_largest(values: FloatArray, k: int) -> np.float32:
-    """The `k`-th largest value, without partitioning a whole vocabulary where `k` is small."""
+def _weights(scores: FloatArray, best: np.float32) -> FloatArray:
+    weights: FloatArray = scores - best
+    np.exp(weights, out=weights)
+    return weights
+
+
+def _not_below_kth(values: FloatArray, k: int) -> IntArray:
+    """Positions of all values that are not below the `k`-th largest, ascending."""
     lanes = values.size // _LANES
-    if k <= lanes // 4:
-        # The k-th largest of the maxima of disjoint groups is no larger than the k-th largest value.
-        maxima = values[: lanes * _LANES].reshape(_LANES, lanes).max(axis=0)
-        bound = np.partition(maxima, lanes - k)[lanes - k]
-        values = values[values >= bound]
-    kth: np.float32 = np.partition(values, values.size - k)[values.size - k]
-    return kth
+    if k > lanes // 4:
+        return np.flatnonzero(values >= np.partition(values, values.size - k)[values.size - k])
+    # Without partitioning a whole vocabulary: the k-th largest of the maxima of disjoint groups is no
+    # larger than the k-th largest value. (Minus infinity, where few values are finite, admits all.)
+    maxima = values[: lanes * _LANES].reshape(_LANES, lanes).max(axis=0)
+    candidates = np.flatnonzero(values >= np.partition(maxima, lanes - k)[lanes - k])
+    found = values[candidates]
+    kept: IntArray = candidates[found >= np.partition(found, found.size - k)[found.size - k]]
+    return kept
 
 
 def _invert(weights: FloatArray, uniform: float) -> int:
@@ -152,15 +163,19 @@ def _invert(weights: FloatArray, uniform: float) -> int:
 def _nucleus(scores: FloatArray, top_p: float) -> IntArray:
     """Positions that top-p keeps: the likeliest tokens up to this probability, one at least."""
     best = scores.max()
-    weights = np.exp(scores - best)
-    needed = top_p * float(weights.sum(dtype=np.float64))
+    weights = _weights(scores, best)
+    total = float(weights.sum(dtype=np.float64))
+    needed = top_p * total
     if scores.size > _BLOCK * _LANES:
         # In a language model a few hundred or thousand tokens hold nearly everything: the rest goes unseen.
-        span = best - _kth_largest(scores, scores.size // _LANES // 4)
-        for depth in (span, span * np.float32(1.5)):
-            likely = np.flatnonzero(scores >= best - depth)
-            if float(weights[likely].sum(dtype=np.float64)) >= needed:
-                return likely[_lightest(best - scores[likely], weights[likely], needed)]
+        for share in _LIKELY:
+            likely = np.flatnonzero(weights >= np.float32(share * total))
+            heavy = weights[likely]
+            mass = float(heavy.sum(dtype=np.float64))
+            if likely.size and mass >= needed:
+                return likely[_lightest(best - scores[likely], heavy, needed)]
+            if mass < needed / 2:
+                break
     return _lightest(best - scores, weights, needed)
 
 

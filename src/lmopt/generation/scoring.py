@@ -7,7 +7,7 @@ import numpy as np
 
 from lmopt.contracts import Engine
 from lmopt.errors import ContextLengthError, EmptyPromptError
-from lmopt.generation.rows import check_ids
+from lmopt.generation.prompts import check_ids
 from lmopt.types import FloatArray, IntArray
 
 _LOGIT_BYTES: Final = 128 * 2**20

@@ -5,11 +5,13 @@ from collections.abc import Generator, Sequence
 
 from lmopt.contracts import Engine
 from lmopt.errors import TokenizerError, UnsupportedOptionError
+from lmopt.generation.batching import steps
 from lmopt.generation.config import GenerationConfig
-from lmopt.generation.loop import steps
+from lmopt.generation.interruption import Cancel, Interruption
 from lmopt.generation.results import Generation
-from lmopt.generation.rows import Cancel, Row, prepare
+from lmopt.generation.rows import Row, prepare
 from lmopt.generation.stopping import REPLACEMENT, Detokenizer
+from lmopt.generation.workspace import Workspace
 from lmopt.types import IntArray
 
 _CONTEXT = (
@@ -74,6 +76,7 @@ def stream(
     *,
     tokenizer: Detokenizer,
     cancel: Cancel | None = None,
+    workspace: Workspace | None = None,
 ) -> Generator[str, None, Generation]:
     """Generate from one prompt and yield the text while it grows.
 
@@ -86,7 +89,9 @@ def stream(
         prompt: Token ids.
         config: Options; `GenerationConfig()` where `None`.
         tokenizer: Turns ids into text.
-        cancel: Something with `is_set()`, such as a `threading.Event`, looked at before each token.
+        cancel: Something with `is_set()`, such as a `threading.Event`, looked at before each call of the
+            engine.
+        workspace: Limits, and what requests share.
 
     Raises:
         UnsupportedOptionError: Beams or several sequences, which have no text before the end.
@@ -100,24 +105,22 @@ def stream(
         )
     if tokenizer is None:
         raise TokenizerError("a stream of text needs a tokenizer. Pass one, or call generate for token ids.")
-    rows = prepare(engine, [prompt], config, tokenizer)
-    return _pieces(engine, rows, config, tokenizer, cancel)
+    (row,) = prepare(engine, [prompt], config, tokenizer)
+    running = steps(engine, [row], workspace or Workspace(), Interruption(cancel, [row]))
+    return _pieces(running, row, tokenizer)
 
 
 def _pieces(
-    engine: Engine,
-    rows: list[Row],
-    config: GenerationConfig,
-    tokenizer: Detokenizer,
-    cancel: Cancel | None,
+    running: Generator[list[Row]], row: Row, tokenizer: Detokenizer
 ) -> Generator[str, None, Generation]:
-    (row,) = rows
     text = IncrementalText(tokenizer)
     given: list[str] = []
     waiting = ""
-    with contextlib.closing(steps(engine, rows, config, cancel)) as running:
+    with contextlib.closing(running):
         for _ in running:
-            waiting += text.push(int(row.history.new[-1]))
+            if row.error is not None:
+                break
+            waiting += text.push(row.history.newest)
             if row.finish_reason is not None:
                 continue
             held = row.stops.tail(row.history.seen) if row.stops else 0
@@ -126,6 +129,8 @@ def _pieces(
                 given.append(ready)
                 waiting = waiting[len(ready) :]
                 yield ready
+    if row.error is not None:
+        raise row.error
     shown = "".join(given)
     final = row.text(tokenizer)
     if final.startswith(shown):
@@ -138,4 +143,4 @@ def _pieces(
             rest = rest[: max(0, len(rest) - row.stops.tail(row.history.seen))]
     if rest:
         yield rest
-    return row.result(config, shown + rest)
+    return row.result(shown + rest)
