@@ -137,3 +137,59 @@ def test_this_machine():
     facts = platform.machine()
     assert 1 <= facts["usable_cpus"] <= facts["cores"]
     assert facts["cpu_quota"] is None or facts["cpu_quota"] > 0
+
+
+MEMINFO = "MemTotal:       1000 kB\nMemAvailable:    600 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, None),
+        ({"proc/meminfo": MEMINFO}, 600 * 1024),
+        # A group that has no limit changes nothing; one with a limit leaves what it has not used.
+        (
+            {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"},
+            600 * 1024,
+        ),
+        (
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/memory.max": "100000\n",
+                "sys/fs/cgroup/a/memory.current": "70000\n",
+                "sys/fs/cgroup/a/b/memory.max": "max\n",
+            },
+            30000,
+        ),
+        # Pages of files that nobody uses are given back before anything is refused.
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "100000\n",
+                "sys/fs/cgroup/memory.current": "90000\n",
+                "sys/fs/cgroup/memory.stat": "anon 50000\ninactive_file 20000\n",
+            },
+            30000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/x\n",
+                "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "5000\n",
+                "sys/fs/cgroup/memory/x/memory.usage_in_bytes": "9000\n",
+            },
+            0,
+        ),
+        (
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "4:memory:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "9000\n",
+            },
+            600 * 1024,
+        ),
+    ],
+)
+def test_available_memory_is_what_machine_and_groups_leave(root, files, available):
+    assert platform.memory_available_bytes(root(files)) == available

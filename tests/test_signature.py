@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmopt.errors import CorruptArtifactError, ShapeError, TokenIdError
+from lmopt.errors import CorruptArtifactError, ShapeError, TokenIdError, UnsupportedError
 from lmopt.signature import ArrayState, Signature, check_step, present_name
 from lmopt.types import BATCH, PAST, SEQUENCE, TOTAL, AnyArray, FloatArray, IntArray, TensorSpec
 
@@ -170,6 +170,41 @@ def test_joined_rows_keep_their_own_past(
         rows = [np.concatenate(pair) for pair in zip(rows, more, strict=True)]
         for whole, part, logits in zip(rows, more, given_logits, strict=True):
             assert np.array_equal(logits, truth(whole)[-len(part) :])
+
+
+@given(batches, sides, st.data())
+@settings(max_examples=80, deadline=None)
+def test_rows_that_forgot_read_on_as_if_they_had_never_known(
+    rows: list[IntArray], side: str, data: st.DataObject
+) -> None:
+    _, state = read(CACHED.begin(len(rows), side), rows)
+    for _ in range(2):
+        keep = np.array([data.draw(st.integers(0, len(row))) for row in rows])
+        kept, mask, slots = CACHED.forget(state, keep)
+        tensors = {name: tensor[:, :, :slots] for name, tensor in state.tensors.items()}
+        state = ArrayState(tensors, mask, kept, state.padding_side)
+        assert state.lengths.tolist() == keep.tolist() == mask.sum(axis=1).tolist()
+        assert mask.shape[1] == slots == 0 or mask[:, -1].any()
+        rows = [row[:length] for row, length in zip(rows, keep, strict=True)]
+        more = [data.draw(tokens(1, 3)) for _ in rows]
+        given_logits, state = read(state, more)
+        rows = [np.concatenate(pair) for pair in zip(rows, more, strict=True)]
+        for whole, part, logits in zip(rows, more, given_logits, strict=True):
+            assert np.array_equal(logits, truth(whole)[-len(part) :])
+
+
+@pytest.mark.parametrize("keep", [[3, 3], [-1, 2], [2]])
+def test_more_than_was_read_cannot_be_kept(keep: list[int]) -> None:
+    _, state = read(CACHED.begin(2), [np.arange(2), np.arange(3)])
+    with pytest.raises(ShapeError, match="have read"):
+        CACHED.forget(state, np.array(keep))
+
+
+def test_a_state_without_memory_of_its_past_does_not_forget() -> None:
+    assert CACHED.rewinds
+    assert not RECURRENT.rewinds
+    with pytest.raises(UnsupportedError, match="no cache"):
+        RECURRENT.forget(RECURRENT.begin(1), np.array([0]))
 
 
 @given(st.integers(1, 3), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())

@@ -129,6 +129,10 @@ class EngineError(LmoptError, RuntimeError):
     """An engine failed while loading or running a model; the engine's own words are kept."""
 
 
+class InsufficientMemoryError(LmoptError, MemoryError):
+    """What was asked for needs more memory than is free; refused before anything was allocated."""
+
+
 class ClosedError(LmoptError, RuntimeError):
     """A runtime was used after `close()`."""
 

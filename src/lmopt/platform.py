@@ -33,6 +33,9 @@ _INSTRUCTION_SETS: Final = (
     "sve",
 )
 
+# Version 1 of control groups writes "no limit" as the largest multiple of a page below 2**63.
+_NO_LIMIT: Final = 1 << 60
+
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """Read how many CPUs the control group of this process may use.
@@ -99,8 +102,7 @@ def memory_limit_bytes(root: Path = Path("/")) -> int | None:
     version_1 = _upwards(mount / "memory", groups.get("memory", "/"))
     folders += [(folder, "memory.limit_in_bytes") for folder in version_1]
     limits = [_read(folder / name).strip() for folder, name in folders]
-    # Version 1 writes "no limit" as the largest multiple of a page below 2**63.
-    return min((int(limit) for limit in limits if limit.isdigit() and int(limit) < 1 << 60), default=None)
+    return min((int(limit) for limit in limits if limit.isdigit() and int(limit) < _NO_LIMIT), default=None)
 
 
 def memory_total_bytes(root: Path = Path("/")) -> int | None:
@@ -109,13 +111,35 @@ def memory_total_bytes(root: Path = Path("/")) -> int | None:
     Args:
         root: Folder that holds `proc` and `sys`; for tests.
     """
-    for line in _read(root / "proc/meminfo").splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemTotal":
-            total = int(value.split()[0]) * 1024
-            limit = memory_limit_bytes(root)
-            return total if limit is None else min(total, limit)
-    return memory_limit_bytes(root)
+    known = (_meminfo(root, "MemTotal"), memory_limit_bytes(root))
+    return min((one for one in known if one is not None), default=None)
+
+
+def memory_available_bytes(root: Path = Path("/")) -> int | None:
+    """Read how much memory this process can still take without swapping or being killed.
+
+    The machine's available memory, or what a control group on the way up still allows if that is less.
+    Pages of files that a group has not used for a while count as free: the kernel gives them back
+    before it refuses anything.
+
+    Args:
+        root: Folder that holds `proc` and `sys`; for tests.
+
+    Returns:
+        Bytes; `None` where the system does not say.
+    """
+    groups = _groups(root)
+    mount = root / "sys/fs/cgroup"
+    rooms = [
+        _room(folder, "memory.max", "memory.current", "inactive_file")
+        for folder in _upwards(mount, groups.get("", "/"))
+    ]
+    rooms += [
+        _room(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        for folder in _upwards(mount / "memory", groups.get("memory", "/"))
+    ]
+    rooms.append(_meminfo(root, "MemAvailable"))
+    return min((room for room in rooms if room is not None), default=None)
 
 
 def machine(root: Path = Path("/")) -> dict[str, Any]:
@@ -148,6 +172,24 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _meminfo(root: Path, field: str) -> int | None:
+    """A field of `/proc/meminfo` in bytes; `None` where it is absent."""
+    for line in _read(root / "proc/meminfo").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def _room(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+    """Bytes that a control group still allows; `None` where it sets no limit."""
+    most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+    if not (most.isdigit() and used.isdigit()) or int(most) >= _NO_LIMIT:
+        return None
+    fields = dict(line.split() for line in _read(folder / "memory.stat").splitlines() if line.count(" ") == 1)
+    return max(0, int(most) - int(used) + int(fields.get(reclaimable, 0)))
 
 
 def _ratio(quota: str, period: str) -> float | None:

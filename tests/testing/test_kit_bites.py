@@ -238,6 +238,71 @@ def select_moves_the_cache_but_not_the_lengths(fake: ModuleType) -> Methods:
     return {"select": select}
 
 
+@breaks("rewind_forgets_last_tokens")
+def rewind_leaves_the_mask(fake: ModuleType) -> Methods:
+    return {"rewind": lambda self, state, lengths: replace_lengths(state, np.array(lengths))}
+
+
+@breaks("rewind_forgets_last_tokens")
+def rewind_keeps_one_token_too_many(fake: ModuleType) -> Methods:
+    def rewind(self, state, lengths):
+        more = np.minimum(lengths + 1, state.lengths)
+        return replace_lengths(fake.FakeEngine.rewind(self, state, more), lengths)
+
+    return {"rewind": rewind}
+
+
+@breaks("rewind_forgets_last_tokens")
+def rewind_grants_more_than_was_read(fake: ModuleType) -> Methods:
+    return {
+        "rewind": lambda self, state, lengths: fake.FakeEngine.rewind(
+            self, state, np.minimum(lengths, state.lengths)
+        )
+    }
+
+
+@breaks("rewind_again_and_again")
+def rewind_works_twice_only(fake: ModuleType) -> Methods:
+    def rewind(self, state, lengths):
+        self.rewound = getattr(self, "rewound", 0) + 1
+        if self.rewound > 2:
+            return replace_lengths(state, np.array(lengths))
+        return fake.FakeEngine.rewind(self, state, lengths)
+
+    return {"rewind": rewind}
+
+
+@breaks("copy_is_independent")
+def copy_takes_the_original_along(fake: ModuleType) -> Methods:
+    def copy(self, state, *, capacity=None):
+        copied = fake.FakeEngine.copy(self, state)
+        state.tensors[fake.KEY][:] = 0
+        return copied
+
+    return {"copy": copy}
+
+
+@breaks("copy_is_independent")
+def copy_with_a_capacity_is_empty(fake: ModuleType) -> Methods:
+    def copy(self, state, *, capacity=None):
+        copied = fake.FakeEngine.copy(self, state)
+        if capacity is not None:
+            copied.tensors[fake.KEY][:] = 0
+        return copied
+
+    return {"copy": copy}
+
+
+@breaks("unrewindable_state_says_so")
+def a_state_that_cannot_rewind_pretends_to(fake: ModuleType) -> Methods:
+    return {"rewinds": property(lambda self: False)}
+
+
+@breaks("unrewindable_state_says_so")
+def rewinds_is_a_word(fake: ModuleType) -> Methods:
+    return {"rewinds": property(lambda self: "yes")}
+
+
 @breaks("join_appends_rows")
 def join_reverses_the_states(fake: ModuleType) -> Methods:
     return {"join": lambda self, states: fake.SIGNATURE.join(states[::-1])}

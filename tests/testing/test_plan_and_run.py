@@ -57,16 +57,20 @@ def test_the_table_names_every_case_that_did_not_pass() -> None:
     assert "total: 2 passed, 1 failed" in table
 
 
-def test_a_declared_format_gives_one_case_a_model_and_type(fake: ModuleType) -> None:
+def test_a_declared_format_gives_one_case_a_model_dialect_and_type(fake: ModuleType) -> None:
     planned = plan("onnxruntime", models=("llama", "lstm"), devices=("cpu",))
     cases = {check.case for check in planned} - {"spec"}
     assert cases == {
         "llama-onnx-cpu-float32",
         "llama-onnx-cpu-float16",
+        "llama-onnx-onnxruntime-cpu-float32",
+        "llama-onnx-onnxruntime-cpu-float16",
         "lstm-onnx-cpu-float32",
         "lstm-onnx-cpu-float16",
+        "lstm-onnx-onnxruntime-cpu-float32",
+        "lstm-onnx-onnxruntime-cpu-float16",
     }
-    assert len(planned) == len(SPEC_CHECKS) + 4 * len(ENGINE_CHECKS)
+    assert len(planned) == len(SPEC_CHECKS) + 8 * len(ENGINE_CHECKS)
     assert len({check.id for check in planned}) == len(planned)
 
 
@@ -91,11 +95,11 @@ def test_an_expected_failure_that_passes_is_a_failure(fake: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("key", "hits"),
     [
-        ("join_appends_rows", 2),
+        ("join_appends_rows", 4),
         ("join_appends_rows[llama-onnx-cpu-float32]", 1),
-        ("*[lstm-*]", len(ENGINE_CHECKS)),
-        ("join_*", 2),
-        ("*", len(SPEC_CHECKS) + 2 * len(ENGINE_CHECKS)),
+        ("*[lstm-*]", 2 * len(ENGINE_CHECKS)),
+        ("join_*", 4),
+        ("*", len(SPEC_CHECKS) + 4 * len(ENGINE_CHECKS)),
     ],
 )
 def test_expected_failures_are_named_by_check_id_or_pattern(key: str, hits: int) -> None:

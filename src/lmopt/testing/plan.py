@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lmopt.errors import UnsupportedOptionError
-from lmopt.registry import backends
+from lmopt.registry import backends, exporters
 from lmopt.testing.case import Case
 from lmopt.testing.checks import ENGINE_CHECKS, SPEC_CHECKS, check_name
 from lmopt.testing.workshop import LIVE, MODELS, Workshop, exporter_for, missing_device
@@ -19,7 +19,8 @@ class PlannedCheck:
 
     Attributes:
         name: Name of the check without `check_`.
-        case: What it examines, such as `"llama-onnx-cpu-float32"`, or `"spec"`.
+        case: What it examines, such as `"llama-onnx-cpu-float32"`, or `"spec"`; a dialect that is not the
+            format's default follows the format.
         rule: The rule that it proves.
         action: Runs it; raises `unittest.SkipTest` where the rule does not apply.
         expected_failure: Reason why it is expected to fail, `""` where it is not.
@@ -80,11 +81,18 @@ def plan(
             reason = f"no installed exporter writes the format {model_format!r}"
             planned.append(PlannedCheck("format", model_format, reason, _skip(reason)))
             continue
-        for model, device, dtype in itertools.product(models, usable, can.dtypes):
-            make = workshop.case(backend, model, model_format, device, dtype)
-            case = f"{model}-{model_format}-{device}-{dtype}"
+        for model, target, device, dtype in itertools.product(
+            models, _dialects(model_format), usable, can.dtypes
+        ):
+            make = workshop.case(backend, model, model_format, device, dtype, target)
+            case = "-".join(part for part in (model, model_format, target, device, dtype) if part)
             planned += [_of_case(check, case, make) for check in ENGINE_CHECKS]
     return _mark(planned, expected_failures or {})
+
+
+def _dialects(model_format: str) -> tuple[str, ...]:
+    """Name the dialects of a format; the default one is empty."""
+    return ("",) if model_format == LIVE else ("", *exporters.spec(exporter_for(model_format)).targets[1:])
 
 
 def _of_spec(backend: str, check: Callable[[str], None]) -> PlannedCheck:

@@ -67,8 +67,8 @@ class Workshop:
     def __init__(self) -> None:
         # The finaliser of a TemporaryDirectory also removes it when the process ends.
         self._folder = tempfile.TemporaryDirectory(prefix="lmopt-testing-")
-        self._built: dict[tuple[str, str, str], Subject] = {}
-        self._failed: dict[tuple[str, str, str], str] = {}
+        self._built: dict[tuple[str, str, str, str], Subject] = {}
+        self._failed: dict[tuple[str, str, str, str], str] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -87,19 +87,36 @@ class Workshop:
         self._folder.cleanup()
 
     def case(
-        self, backend: str, model: str, model_format: str, device: str, dtype: str
+        self, backend: str, model: str, model_format: str, device: str, dtype: str, target: str = ""
     ) -> Callable[[], Case]:
-        """Give a function that builds a case when it is called."""
+        """Give a function that builds a case when it is called.
+
+        A dialect that is not the format's default is the backend's to refuse: then the function raises
+        `unittest.SkipTest`.
+        """
 
         def make() -> Case:
-            return Case(backend, self.subject(model, model_format, dtype), device, dtype)
+            case = Case(backend, self.subject(model, model_format, dtype, target), device, dtype)
+            if target:
+                try:
+                    case.open().close()
+                except UnsupportedError as error:
+                    raise unittest.SkipTest(f"the backend does not read this dialect: {error}") from error
+            return case
 
         return make
 
-    def subject(self, model: str, model_format: str, dtype: str) -> Subject:
-        """Build a model in a format, its weights in a compute type, unless that is done already."""
+    def subject(self, model: str, model_format: str, dtype: str, target: str = "") -> Subject:
+        """Build a model in a format, its weights in a compute type, unless that is done already.
+
+        Args:
+            model: One of `MODELS`.
+            model_format: Format.
+            dtype: Compute type.
+            target: Dialect; the exporter's default where empty.
+        """
         with self._lock:
-            key = (model, model_format, dtype)
+            key = (model, model_format, dtype, target)
             if key in self._failed:
                 raise unittest.SkipTest(f"the model could not be built: {self._failed[key]}")
             if key not in self._built:
@@ -111,7 +128,7 @@ class Workshop:
                     raise
             return self._built[key]
 
-    def _build(self, model: str, model_format: str, dtype: str) -> Subject:
+    def _build(self, model: str, model_format: str, dtype: str, dialect: str) -> Subject:
         import torch
 
         module = MODELS[model]().to(getattr(torch, dtype))
@@ -126,12 +143,14 @@ class Workshop:
         )
         if model_format == LIVE:
             return Subject(model, model_format, facts, reference, module=module)
-        target = Path(self._folder.name) / f"{model}-{model_format}-{dtype}"
-        artifact = export(module, model_format, facts, target)
+        target = Path(self._folder.name) / f"{model}-{model_format}{dialect}-{dtype}"
+        artifact = export(module, model_format, facts, target, dialect=dialect)
         return Subject(model, model_format, facts, reference, artifact=artifact)
 
 
-def export(module: "nn.Module", model_format: str, facts: ModelFacts, target: Path) -> Artifact:
+def export(
+    module: "nn.Module", model_format: str, facts: ModelFacts, target: Path, *, dialect: str = ""
+) -> Artifact:
     """Write a module in a format as a verified artefact, without the parity gate.
 
     Args:
@@ -139,9 +158,10 @@ def export(module: "nn.Module", model_format: str, facts: ModelFacts, target: Pa
         model_format: Format that an installed exporter writes.
         facts: Facts of the model, which the manifest records.
         target: Folder to create.
+        dialect: One of the exporter's targets; its first where empty.
 
     Raises:
-        unittest.SkipTest: The exporter declares that it does not write such a model.
+        unittest.SkipTest: The exporter declares that it does not write such a model, or not so.
     """
     name = exporter_for(model_format)
     describe = getattr(getattr(module, "config", None), "to_json_string", None)
@@ -150,13 +170,17 @@ def export(module: "nn.Module", model_format: str, facts: ModelFacts, target: Pa
             module=module,
             folder=staging.path,
             facts=facts,
-            target=exporters.spec(name).targets[0],
+            target=dialect or exporters.spec(name).targets[0],
             config=json.loads(describe()) if describe else {},
         )
         try:
             record = exporters.load(name)(request)
         except UnsupportedError as error:
             raise unittest.SkipTest(f"exporter {name!r} does not write this model: {error}") from error
+        if record.get("target", request.target) != request.target:
+            raise unittest.SkipTest(
+                f"exporter {name!r} falls back: {record.get('fallback', 'no reason given')}"
+            )
         staging.manifest["formats"][model_format] = record
         staging.manifest["model"] = asdict(facts)
     return Artifact.open(target)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ import onnxruntime as ort  # noqa: E402 (the switch above is read at import)
 
 from lmopt.registry import pip_line  # noqa: E402
 
+# The other modules take `ort` from here, so that the switch above is always set first.
+__all__ = ["PROVIDERS", "SessionSettings", "create_session", "installed_wheels", "ort"]
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -27,15 +31,29 @@ def installed_wheels() -> list[str]:
     return sorted(name for name in names if name in {"onnxruntime", "onnxruntime-gpu"})
 
 
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """How a session runs.
+
+    Attributes:
+        device: `"cpu"`, `"cuda"` or `"cuda:<index>"`.
+        threads: Threads inside one operator, at least 1.
+        spinning: Whether threads that wait for work keep their CPU busy for a moment.
+    """
+
+    device: str
+    threads: int
+    spinning: bool = True
+
+
 def create_session(
-    model: Path | bytes, *, device: str, threads: int, data_folder: Path | None = None
+    model: Path | bytes, settings: SessionSettings, *, data_folder: Path | None = None
 ) -> "ort.InferenceSession":
     """Create a session on one device.
 
     Args:
         model: Path of the graph, or its bytes with `data_folder` for the external data.
-        device: `"cpu"`, `"cuda"` or `"cuda:<index>"`.
-        threads: Threads inside one operator, at least 1.
+        settings: Where and how it runs.
         data_folder: Folder of external data where `model` is bytes.
 
     Raises:
@@ -49,6 +67,7 @@ def create_session(
             f"Repair it: {sys.executable} -m pip uninstall -y {' '.join(wheels)}, then "
             f"{pip_line('onnxruntime')} (or onnxruntime-gpu)"
         )
+    device = settings.device
     kind, _, index = device.partition(":")
     provider = PROVIDERS[kind]
     if provider not in ort.get_available_providers():
@@ -59,9 +78,10 @@ def create_session(
             f"{sys.executable} -m pip uninstall -y onnxruntime, then {line}"
         )
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = settings.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.spinning)))
     if data_folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(data_folder)

@@ -139,6 +139,28 @@ class TorchEngine:
         lengths = np.concatenate([one.lengths for one in states])
         return ArrayState(tensors, np.concatenate(masks), lengths, states[0].padding_side)
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether rows can forget their last tokens: whether the state is a cache and nothing else."""
+        return self._signature.rewinds
+
+    def rewind(self, state: ArrayState, lengths: IntArray) -> ArrayState:
+        """Let each row forget all but its first tokens."""
+        self._open()
+        kept, mask, slots = self._signature.forget(state, lengths)
+        tensors = {}
+        for one in self._signature.state:
+            assert one.past_axis is not None
+            tensors[one.past.name] = state.tensors[one.past.name].narrow(one.past_axis, 0, slots)
+        return ArrayState(tensors, mask, kept, state.padding_side)
+
+    def copy(self, state: ArrayState, *, capacity: int | None = None) -> ArrayState:
+        """Make an independent copy; the cache grows, so `capacity` has no use here."""
+        self._open()
+        # A module may write into the state that it is given.
+        tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
+        return ArrayState(tensors, state.mask.copy(), state.lengths.copy(), state.padding_side)
+
     def report(self) -> EngineReport:
         """Say where the module's weights are and what computes."""
         module = self._open().module

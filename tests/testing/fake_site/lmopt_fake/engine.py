@@ -113,6 +113,18 @@ class FakeEngine:
     def join(self, states: Sequence[ArrayState]) -> ArrayState:
         return SIGNATURE.join(states)
 
+    @property
+    def rewinds(self) -> bool:
+        return True
+
+    def rewind(self, state: ArrayState, lengths: IntArray) -> ArrayState:
+        kept, mask, slots = SIGNATURE.forget(state, lengths)
+        return ArrayState({KEY: state.tensors[KEY][:, :, :slots]}, mask, kept, state.padding_side)
+
+    def copy(self, state: ArrayState, *, capacity: int | None = None) -> ArrayState:
+        tensors = {KEY: state.tensors[KEY].copy()}
+        return ArrayState(tensors, state.mask.copy(), state.lengths.copy(), state.padding_side)
+
     def tap_names(self) -> list[str]:
         return ["sum", "logits"]
 

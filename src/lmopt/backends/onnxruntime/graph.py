@@ -1,0 +1,176 @@
+"""An exported graph that is open: its session, what it is, and the values inside it that can be shown."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import numpy as np
+
+from lmopt.backends.onnxruntime.mapped import forget_mapped_pages
+from lmopt.backends.onnxruntime.session import SessionSettings, create_session, ort
+from lmopt.contracts import ArtifactView, EngineReport, EngineRequest
+from lmopt.errors import ClosedError, EngineError, InputError, NotInstalledError, UnsupportedError
+from lmopt.registry import pip_line
+from lmopt.signature import LOGITS, LOGITS_TO_KEEP, Signature, check_step
+from lmopt.types import AnyArray, IntArray, TensorSpec
+
+MODEL: Final = "model.onnx"
+_DTYPES: Final = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+
+
+class Graph:
+    """The `onnx` format of an artefact in one session.
+
+    Args:
+        request: Asks for an artefact that has the format.
+        settings: How the session runs.
+
+    Attributes:
+        signature: Roles of inputs and outputs.
+        dtype: What it computes in.
+        keeps_logits: Whether the graph can compute the logits of the last positions only.
+        run_options: To be handed to every run, so that `close` can stop it.
+
+    Raises:
+        CorruptArtifactError: A file is damaged, or the graph is no decoder.
+        UnsupportedError: Another compute type was asked for.
+        EngineError: ONNX Runtime refuses the graph.
+    """
+
+    def __init__(self, request: EngineRequest, settings: SessionSettings) -> None:
+        assert request.artifact is not None
+        self._artifact: ArtifactView = request.artifact
+        self._format: Mapping[str, Any] = request.artifact.manifest["formats"]["onnx"]
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._session: ort.InferenceSession | None = self._load()
+        self.run_options = ort.RunOptions()
+        # Of graph capture on a GPU, and off; onnxruntime's Python asks for it in each run, and where it is not
+        # set an exception is raised and caught, which takes longer than all the rest around a run.
+        self.run_options.add_run_config_entry("gpu_graph_id", "-1")
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.signature = Signature.from_graph(_specs(inputs), _specs(outputs))
+        self.keeps_logits = LOGITS_TO_KEEP in {
+            one.name for one in self._session.get_overridable_initializers()
+        }
+        self.dtype = _DTYPES[next(one for one in outputs if one.name == LOGITS).type]
+        if request.dtype not in {"auto", self.dtype}:
+            self.close()
+            raise UnsupportedError(
+                f"the artefact computes in {self.dtype}; asked for {request.dtype}. Precision is "
+                f"chosen at export: lmopt.Model.from_pretrained(..., dtype={request.dtype!r}), then export again"
+            )
+
+    def _load(self) -> "ort.InferenceSession":
+        """Create the session while another thread hashes the weights, which are only numbers to it."""
+        model = self._artifact.file(MODEL)
+        with ThreadPoolExecutor(1, "lmopt-verify") as pool:
+            files = [name for name in self._format.get("files", ()) if name != MODEL]
+            verified = [pool.submit(self._artifact.file, name) for name in files]
+            try:
+                session = create_session(model, self._settings)
+            except EngineError:
+                for one in verified:
+                    one.result()  # a damaged file explains more than what onnxruntime makes of it
+                raise
+            paths = [one.result() for one in verified]
+        # Kernels have laid their weights out anew by now: what they were read from is not needed again.
+        forget_mapped_pages(paths)
+        return session
+
+    def session(self) -> "ort.InferenceSession":
+        """Give the session; whoever holds it keeps it alive, also through `close`.
+
+        Raises:
+            ClosedError: It is closed.
+        """
+        session = self._session
+        if session is None:
+            raise ClosedError("this engine is closed; open a new lmopt.Runtime")
+        return session
+
+    def failed(self, error: Exception, rows: int, tokens: int) -> Exception:
+        """Say what a run that raised an error comes to."""
+        if self._session is None:
+            return ClosedError("this engine was closed while it computed; open a new lmopt.Runtime")
+        return EngineError(f"onnxruntime failed on {rows} rows of {tokens} tokens: {error}")
+
+    def close(self) -> None:
+        """Let go of the session, and stop runs that are inside it after the operator they are at."""
+        with self._lock:
+            if self._session is not None:
+                self.run_options.terminate = True
+                self._session = None
+
+    def report(self, **details: Any) -> EngineReport:
+        """Say which provider computes, with how many threads."""
+        return EngineReport(
+            backend="onnxruntime",
+            device=self._settings.device,
+            dtype=self.dtype,
+            threads=self._settings.threads,
+            versions={"onnxruntime": ort.__version__},
+            details={
+                "providers": self.session().get_providers(),
+                "target": self._format.get("target", "portable"),
+                **details,
+            },
+        )
+
+    def tap_names(self) -> list[str]:
+        """Names of the modules whose output the graph can show."""
+        return [name for name, _ in self._format.get("taps", ())]
+
+    def taps(self, input_ids: IntArray, names: Sequence[str], *, capacity: int = 0) -> dict[str, AnyArray]:
+        """Run ids from an empty state with the named module outputs added to the graph's outputs.
+
+        Args:
+            input_ids: `(batch, sequence)` ids.
+            names: Of `tap_names()`.
+            capacity: Slots of the past, for graphs that are given room ahead.
+        """
+        self.session()
+        known = dict(self._format.get("taps", ()))
+        if unknown := [name for name in names if name not in known]:
+            raise InputError(f"the graph cannot show {unknown[0]!r}; tap_names() lists what it can")
+        values = {name: known[name] for name in names}
+        source = _with_outputs(self._artifact.file(MODEL), list(values.values()))
+        session = create_session(source, self._settings, data_folder=self._artifact.path)
+        ids = np.asarray(input_ids, np.int64)
+        state = self.signature.begin(len(ids))
+        lengths = np.full(len(ids), ids.shape[1])
+        check_step(ids, lengths, state.lengths, self.signature.vocab_size)
+        past = {
+            one.past.name: np.zeros(one.sizes(len(ids), capacity), one.past.dtype)
+            for one in self.signature.state
+        }
+        feeds = dict(self.signature.step(ids, lengths, state).feeds) | past
+        wanted = list(dict.fromkeys(values.values()))
+        computed = dict(zip(wanted, session.run(wanted, feeds), strict=True))
+        return {name: computed[value] for name, value in values.items()}
+
+
+def _specs(values: Sequence[Any]) -> list[TensorSpec]:
+    return [TensorSpec(one.name, _DTYPES.get(one.type, one.type), tuple(one.shape)) for one in values]
+
+
+def _with_outputs(path: Any, names: Sequence[str]) -> bytes:
+    """Serialise the graph with more outputs, its weights left where they are."""
+    try:
+        import onnx
+    except ImportError as error:
+        line = pip_line('"lmopt[onnx]"')
+        raise NotInstalledError(f"showing values inside a graph needs onnx: {line}") from error
+    model = onnx.load(str(path), load_external_data=False)
+    present = {value.name for value in model.graph.output}
+    for name in dict.fromkeys(names):
+        if name not in present:
+            model.graph.output.append(onnx.ValueInfoProto(name=name))
+    return bytes(model.SerializeToString())

@@ -1,0 +1,125 @@
+"""Run portable graphs, whose state comes back from each call one step longer, or of fixed size."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lmopt.backends.onnxruntime.graph import Graph
+from lmopt.backends.onnxruntime.session import ort
+from lmopt.contracts import EngineReport, PaddingSide
+from lmopt.signature import LOGITS, ArrayState
+from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
+
+
+class GrowingCacheEngine:
+    """One exported decoder; its state is kept as values of ONNX Runtime between calls.
+
+    Args:
+        graph: Graph of the dialect `"portable"`; closed by this engine.
+        facts: Facts of the model.
+    """
+
+    def __init__(self, graph: Graph, facts: ModelFacts) -> None:
+        self.facts = facts
+        self._graph = graph
+        self._signature = graph.signature
+        self._outputs = [LOGITS, *(one.present for one in graph.signature.state)]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows may be unequal: whether the graph takes a mask."""
+        return self._signature.has_mask
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether rows can forget their last tokens: whether the state is a cache and nothing else."""
+        return self._signature.rewinds
+
+    def begin(
+        self, batch: int, *, capacity: int | None = None, padding_side: PaddingSide = "right"
+    ) -> ArrayState:
+        """Make the empty state of `batch` rows; the cache grows, so `capacity` has no use here."""
+        self._graph.session()
+        return _with_ort_values(self._signature.begin(batch, padding_side))
+
+    def forward(
+        self, input_ids: IntArray, lengths: IntArray, state: ArrayState, *, last_only: bool = False
+    ) -> tuple[FloatArray, ArrayState]:
+        """Read new tokens; see `lmopt.contracts.Engine.forward`."""
+        session = self._graph.session()
+        step = self._signature.step(input_ids, lengths, state)
+        feeds = {name: _to_ort(array) for name, array in step.feeds.items()}
+        try:
+            logits, *present = session.run_with_ort_values(
+                self._outputs, feeds | state.tensors, self._graph.run_options
+            )
+        except Exception as error:
+            raise self._graph.failed(error, len(lengths), input_ids.shape[1]) from error
+        tensors = {one.past.name: value for one, value in zip(self._signature.state, present, strict=True)}
+        aligned = step.align(logits.numpy(), last_only=last_only)
+        return aligned.astype(np.float32, copy=False), ArrayState(
+            tensors, step.mask, step.lengths, step.padding_side
+        )
+
+    def select(self, state: ArrayState, rows: IntArray) -> ArrayState:
+        """Keep, drop, reorder or repeat rows."""
+        self._graph.session()
+        if np.array_equal(rows, np.arange(len(state.lengths))):
+            return state
+        return _with_ort_values(self._signature.select(_with_arrays(state), rows))
+
+    def join(self, states: Sequence[ArrayState]) -> ArrayState:
+        """Put the rows of several states into one batch."""
+        self._graph.session()
+        if len(states) == 1:
+            return states[0]
+        return _with_ort_values(self._signature.join([_with_arrays(one) for one in states]))
+
+    def rewind(self, state: ArrayState, lengths: IntArray) -> ArrayState:
+        """Let each row forget all but its first tokens."""
+        self._graph.session()
+        kept, mask, slots = self._signature.forget(state, lengths)
+        after = ArrayState(state.tensors, mask, kept, state.padding_side)
+        if slots == state.mask.shape[1]:
+            return after
+        arrays = _with_arrays(after)
+        for one in self._signature.state:
+            assert one.past_axis is not None
+            shorter = (slice(None),) * one.past_axis + (slice(slots),)
+            arrays.tensors[one.past.name] = arrays.tensors[one.past.name][shorter]
+        return _with_ort_values(arrays)
+
+    def copy(self, state: ArrayState, *, capacity: int | None = None) -> ArrayState:
+        """Make an independent copy: calls make new values and leave old ones alone, so both share them."""
+        self._graph.session()
+        return ArrayState(dict(state.tensors), state.mask, state.lengths, state.padding_side)
+
+    def report(self) -> EngineReport:
+        """Say which provider computes, with how many threads."""
+        return self._graph.report(state="growing cache" if self._signature.grows else "recurrent")
+
+    def close(self) -> None:
+        """Release the session."""
+        self._graph.close()
+
+    def tap_names(self) -> list[str]:
+        """Names of the modules whose output the graph can show."""
+        return self._graph.tap_names()
+
+    def taps(self, input_ids: IntArray, names: Sequence[str]) -> Mapping[str, AnyArray]:
+        """Run ids from an empty state with the named module outputs added to the graph's outputs."""
+        return self._graph.taps(input_ids, names)
+
+
+def _to_ort(array: AnyArray) -> "ort.OrtValue":
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _with_arrays(state: ArrayState) -> ArrayState:
+    tensors = {name: value.numpy() for name, value in state.tensors.items()}
+    return ArrayState(tensors, state.mask, state.lengths, state.padding_side)
+
+
+def _with_ort_values(state: ArrayState) -> ArrayState:
+    state.tensors = {name: _to_ort(array) for name, array in state.tensors.items()}
+    return state

@@ -1,0 +1,51 @@
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmopt.backends.onnxruntime.mapped import _clean_mappings, forget_mapped_pages
+
+SMAPS = """7f00-7f10 rw-p 00000000 fe:00 12   /a/model.onnx.data
+Size:                  4 kB
+Anonymous:             0 kB
+VmFlags: rd wr mr
+8000-8010 rw-p 00001000 fe:00 12   /a/model.onnx.data
+Anonymous:             4 kB
+9000-9010 r--p 00000000 fe:00 13   /a/other
+Anonymous:             0 kB
+a000-a010 rw-p 00000000 00:00 0
+Anonymous:             0 kB
+b000-b010 r--p 00000000 fe:00 12   /a/model.onnx.data
+Anonymous:             0 kB
+"""
+
+
+def test_only_clean_mappings_of_the_file_are_found():
+    assert _clean_mappings(SMAPS, {"/a/model.onnx.data"}) == [(0x7F00, 0x7F10), (0xB000, 0xB010)]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_pages_go_and_come_back_as_they_were(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(256)) * 4096)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        before = bytes(mapped)
+        assert resident(path) == 1024
+        forget_mapped_pages([path])
+        assert resident(path) == 0
+        assert bytes(mapped) == before
+        # What a program has written is in no file: it must stay.
+        mapped[5] = 77
+        forget_mapped_pages([path])
+        assert mapped[5] == 77
+
+
+def resident(path):
+    """KiB of the file's mappings that are in memory."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    found = 0
+    for line in lines:
+        if line.endswith(str(path)):
+            found += next(int(one.split()[1]) for one in lines if one.startswith("Rss:"))
+    return found
