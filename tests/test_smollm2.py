@@ -1,12 +1,17 @@
-"""The promises on a real model: the same tokens and the same perplexity on both engines."""
+"""The promises on a real model: the same tokens and perplexity on every engine, and an export's memory."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from lmopt.artifact import Artifact
 from lmopt.evaluation import TOLERANCES
 from lmopt.model import Model
 from lmopt.runtime import Runtime
@@ -14,7 +19,9 @@ from lmopt.types import FloatArray
 
 pytestmark = pytest.mark.real_model
 
-BACKENDS = ("torch", "onnxruntime")
+# Peak memory of an export with its gate, in sizes of the weights.
+MOST_MEMORY = {"onnxruntime": 2.5, "portable": 3.0}
+RUNTIMES = ("torch", *MOST_MEMORY)
 LIMITS = TOLERANCES["float32"]
 PROMPTS, NEW_TOKENS, BATCH = 20, 128, 8
 FRANCE, FRANCE_IDS = "The capital of France is", [504, 3575, 282, 4649, 314]
@@ -25,15 +32,36 @@ TOP_LOGITS = [17.371, 14.889, 13.245, 13.010, 12.952]
 
 
 @pytest.fixture(scope="module")
-def runtimes(smollm2: Path) -> Iterator[dict[str, Runtime]]:
-    model = Model.from_pretrained(smollm2)
-    found = {name: Runtime(model, backend=name) for name in BACKENDS}
+def exports(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What `lmopt export` says of each dialect, in a process of its own as for a user."""
+    found = {}
+    for target in MOST_MEMORY:
+        folder = tmp_path_factory.mktemp("exports") / target
+        command = ["export", str(smollm2), str(folder), "--target", target, "--dtype", "float32", "--json"]
+        said = subprocess.run(
+            [sys.executable, "-c", "from lmopt.cli import main; main()", *command],
+            check=True,
+            stdout=subprocess.PIPE,
+        )
+        found[target] = json.loads(said.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: Path) -> Model:
+    return Model.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="module")
+def runtimes(model: Model, exports: dict[str, dict[str, Any]]) -> Iterator[dict[str, Runtime]]:
+    found = {target: Runtime(said["artifact"], backend="onnxruntime") for target, said in exports.items()}
+    found["torch"] = Runtime(model, backend="torch")
     yield found
     for one in found.values():
         one.close()
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=RUNTIMES)
 def runtime(request: pytest.FixtureRequest, runtimes: dict[str, Runtime]) -> Runtime:
     return runtimes[request.param]
 
@@ -51,11 +79,10 @@ def prompts(runtimes: dict[str, Runtime], wiki_text: str) -> list[list[int]]:
     return [rows[place] for place in rng.permutation(PROMPTS)]
 
 
-def reference(runtimes: dict[str, Runtime], row: list[int]) -> FloatArray:
+def reference(model: Model, row: list[int]) -> FloatArray:
     """Logits of the module as transformers runs it: one row, one pass, no cache."""
-    module = runtimes["torch"].engine._open().module  # type: ignore[attr-defined]
     with torch.inference_mode():
-        logits: FloatArray = module(torch.tensor([row])).logits[0].numpy()
+        logits: FloatArray = model.module(torch.tensor([row])).logits[0].numpy()
     return logits
 
 
@@ -71,7 +98,7 @@ def is_greedy(logits: FloatArray, tokens: list[int]) -> np.ndarray:
 
 
 def test_every_greedy_token_is_torchs_alone_and_in_batches(
-    runtimes: dict[str, Runtime], prompts: list[list[int]]
+    model: Model, runtimes: dict[str, Runtime], prompts: list[list[int]]
 ) -> None:
     # torch decodes 2.5 times slower; given the tokens so far, one pass of it judges all of a row.
     runtime = runtimes["onnxruntime"]
@@ -86,7 +113,7 @@ def test_every_greedy_token_is_torchs_alone_and_in_batches(
     for row, *ways in zip(prompts, alone, together, strict=True):
         for tokens in {tuple(way): list(way) for way in ways}.values():  # one pass where both agree
             assert len(tokens) == NEW_TOKENS
-            logits = reference(runtimes, row + tokens)[len(row) - 1 : -1]
+            logits = reference(model, row + tokens)[len(row) - 1 : -1]
             greedy = is_greedy(logits, tokens)
             assert greedy.all(), f"token {int(np.argmin(greedy))} after {row[:8]}... is not torch's"
         checked += len(ways[0])
@@ -101,7 +128,7 @@ def test_torch_itself_decodes_the_same_tokens(runtimes: dict[str, Runtime], prom
         name: [one.token_ids for one in runtime.generate(rows, max_new_tokens=24, eos_token_id=None)]
         for name, runtime in runtimes.items()
     }
-    assert found["torch"] == found["onnxruntime"]
+    assert found["torch"] == found["onnxruntime"] == found["portable"]
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -128,13 +155,26 @@ def test_padding_leaves_no_trace(runtime: Runtime, prompts: list[list[int]], pad
 # Figures ----------------------------------------------------------------------------------------
 
 
-def test_the_gate_measured_what_is_promised(runtimes: dict[str, Runtime]) -> None:
-    parity = runtimes["onnxruntime"].engine._artifact.manifest["parity"]["onnx"]  # type: ignore[attr-defined]
+@pytest.mark.parametrize("target", MOST_MEMORY)
+def test_the_gate_measured_what_is_promised(exports: dict[str, dict[str, Any]], target: str) -> None:
+    manifest = Artifact.open(exports[target]["artifact"]).manifest
+    assert manifest["formats"]["onnx"]["target"] == target
+    parity = manifest["parity"]["onnx"]
     assert parity["ok"] is True
     for name, case in parity["cases"].items():
         assert case["kl_mean"] <= 1e-8, name
         assert case["top1"] == 1.0, name
     assert {"prefill", "greedy"} < set(parity["cases"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mapped weights are given back on Linux only")
+@pytest.mark.parametrize(("target", "most"), MOST_MEMORY.items())
+def test_an_export_with_its_gate_needs_no_more_memory_than_promised(
+    model: Model, exports: dict[str, dict[str, Any]], target: str, most: float
+) -> None:
+    weights = sum(one.numel() * one.element_size() for one in model.module.parameters())
+    assert exports[target]["peak_memory_exact"]
+    assert exports[target]["peak_memory_bytes"] < most * weights
 
 
 def test_perplexity_of_real_text(runtime: Runtime, wiki_text: str) -> None:

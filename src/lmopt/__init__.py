@@ -12,6 +12,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from lmopt.artifact import Artifact as Artifact
+    from lmopt.compressor import Compressor as Compressor
     from lmopt.errors import LmoptError as LmoptError
     from lmopt.errors import ParityError as ParityError
     from lmopt.exporter import Exporter as Exporter
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Artifact": "lmopt.artifact",
+    "Compressor": "lmopt.compressor",
     "Exporter": "lmopt.exporter",
     "GenerationConfig": "lmopt.generation",
     "LmoptError": "lmopt.errors",

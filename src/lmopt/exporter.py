@@ -30,7 +30,11 @@ class Exporter:
         *formats: Names of exporters: `"onnx"`, `"torch.export"`, `"safetensors"`, or a plug-in's;
             `"onnx"` where none is given. With `Exporter("onnx", "safetensors")` one folder runs on
             ONNX Runtime and on torch, and transformers can load it.
-        target: Dialect of the first format; its default one where `None`.
+        target: Dialect of the first format; its default one where `None`. `"onnx"` has `"portable"`
+            and `"onnxruntime"`: ONNX Runtime's own operators, faster there. A model that cannot be
+            said in them is written as `"portable"`; the artefact's
+            `manifest["formats"]["onnx"]` has the `target` really written, and the reason
+            (`fallback`).
         tolerance: Limits of the parity gate; `None` takes those of the model's dtype from the one
             table in `lmopt.evaluation.tolerances`.
         **options: Options of the first exporter, such as `opset=21` for `"onnx"`.

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lmopt.backends.torch.description import Loaded
+    from lmopt.compressor import CompressionReport
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _NEEDED = ("torch", "transformers")
@@ -35,9 +36,13 @@ class Model:
     Make one with `from_pretrained` or `from_module`; both leave the module in evaluation mode.
     """
 
-    def __init__(self, loaded: "Loaded", source: str) -> None:
+    def __init__(self, loaded: "Loaded", source: str, recipe: Sequence[Mapping[str, Any]] = ()) -> None:
         self._loaded = loaded
         self.source = source
+        self.recipe: tuple[Mapping[str, Any], ...] = tuple(recipe)
+        """Steps by which the model was compressed, as plain data; empty for one that was not."""
+        self.report: CompressionReport | None = None
+        """What these steps cost, where this process has measured it."""
 
     @classmethod
     def from_pretrained(
@@ -48,6 +53,7 @@ class Model:
         trust: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
+        keep_quantization: bool = False,
         progress: bool = False,
     ) -> "Model":
         """Load a model from disk, or from the Hugging Face hub.
@@ -58,22 +64,34 @@ class Model:
                 hub id opens a connection; the files go to Hugging Face's own cache. `HF_HUB_OFFLINE=1`
                 or `local_files_only` keeps it to what is there.
             dtype: Type of the weights: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`, their own
-                (float32 for quantized GGUF files, which are dequantized).
+                (float32 for quantized GGUF files). Weights that stay quantized keep their float32 scales.
             trust: Whether code and pickled weights that come with the model may run.
             revision: Branch, tag or commit of a hub id.
             local_files_only: Take a hub id from the local cache only.
+            keep_quantization: Of a GGUF file: carry its codes, scales and offsets over as they are (types
+                Q4_0 to Q8_0 and Q2_K to Q6_K), bit by bit, instead of dequantizing them. A folder that
+                lmopt saved quantized is always loaded so.
             progress: Whether to show progress bars.
 
         Raises:
             ArtifactNotFoundError: There is nothing usable at `source`.
             UnsafeArtifactError: Reading it would run code or leave its folder.
             CorruptArtifactError: A file is damaged, or weights are missing or left over.
-            UnsupportedError: It is not a causal language model.
+            UnsupportedError: It is not a causal language model, or has no quantization to keep.
+            UnsupportedOptionError: `dtype` is unknown, or `keep_quantization` is given for no GGUF file.
             NotInstalledError: torch or transformers is missing.
         """
         path = Path(source).expanduser()
+        recipe: Sequence[Mapping[str, Any]] = ()
+        if keep_quantization and not path.is_file():
+            raise UnsupportedOptionError(
+                f"keep_quantization is for .gguf files; {source} is a folder or a hub id. One that lmopt saved "
+                "quantized stays so without it."
+            )
         if is_artifact(path):
-            _check_artifact(Artifact.open(path))
+            artifact = Artifact.open(path)
+            _check_artifact(artifact)
+            recipe = artifact.manifest["recipe"].get("steps") or ()
         elif path.is_file():
             if not _is_gguf(path):
                 raise ArtifactError(
@@ -83,7 +101,8 @@ class Model:
             _require_torch()
             from lmopt.backends.torch.gguf import load_gguf
 
-            return cls(load_gguf(path, dtype=dtype, progress=progress), path.name)
+            loaded = load_gguf(path, dtype=dtype, keep_quantization=keep_quantization, progress=progress)
+            return cls(loaded, path.name)
         name = path.name
         if not path.is_dir():
             name = _hub_id(source)
@@ -94,7 +113,7 @@ class Model:
         _require_torch()
         from lmopt.backends.torch.loading import load_folder
 
-        return cls(load_folder(path, dtype=dtype, trust=trust, progress=progress), name)
+        return cls(load_folder(path, dtype=dtype, trust=trust, progress=progress), name, recipe)
 
     @classmethod
     def from_module(
@@ -160,6 +179,15 @@ class Model:
             loaded.generation_config = dict(generation_config)
         return cls(loaded, type(module).__name__)
 
+    def with_module(self, module: "nn.Module", *, recipe: Sequence[Mapping[str, Any]] = ()) -> "Model":
+        """Make a model of another module with this one's tokenizer, facts and configuration.
+
+        Args:
+            module: A module that reads and answers as this model's does.
+            recipe: Steps by which it was made from this one, added to this model's own.
+        """
+        return Model(replace(self._loaded, module=module), self.source, [*self.recipe, *recipe])
+
     @property
     def module(self) -> "nn.Module":
         """The live module."""
@@ -201,7 +229,15 @@ class Model:
         """
         from lmopt.backends.torch.saving import save
 
-        return save(self._loaded, Path(folder), source=self.source, overwrite=overwrite)
+        report = None if self.report is None else self.report.to_dict()
+        return save(
+            self._loaded,
+            Path(folder),
+            source=self.source,
+            overwrite=overwrite,
+            recipe=list(self.recipe),
+            report=report,
+        )
 
     def load_weights(self, folder: str | os.PathLike[str]) -> "Model":
         """Replace the weights by those of an artefact that a module of this class was saved to.

@@ -66,7 +66,7 @@ def open_source(
         facts, label = model.facts, model.source
         tokenizer, defaults = model.tokenizer, model.generation_config
         if not live:
-            artifact = _export_into_cache(model, exporter, progress)
+            artifact = _export_into_cache(model, exporter, _dialect(spec, exporter, device), progress)
     if artifact is not None and trust and "trust" in spec.can.features:
         options = {**options, "trust": True}
     request = EngineRequest(
@@ -120,8 +120,14 @@ def _exporter_for(spec: BackendSpec) -> str:
     )
 
 
-def _export_into_cache(model: Model, exporter: str, progress: Progress | None) -> Artifact:
-    worker = Exporter(exporter)
+def _dialect(spec: BackendSpec, exporter: str, device: str) -> str:
+    """Choose the dialect that is made for the backend, which so far serves CPUs, or the common one."""
+    targets = exporters.spec(exporter).targets
+    return spec.name if spec.name in targets and device == "cpu" else targets[0]
+
+
+def _export_into_cache(model: Model, exporter: str, target: str, progress: Progress | None) -> Artifact:
+    worker = Exporter(exporter, target=target)
     fingerprint = model.fingerprint()
     key = {
         "exporter": exporter,

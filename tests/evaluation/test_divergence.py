@@ -85,6 +85,32 @@ def test_meters_merge_to_the_whole(random):
         assert left.result().to_dict()[name] == pytest.approx(value, rel=1e-5), name
 
 
+def test_slack_is_asked_for_late_and_gives_the_exact_ratio(random):
+    ref, cand = logits(random, 30, 300), logits(random, 30, 300)
+    cand = ref + np.float32(3e-4) * (cand - cand.mean())
+    slack = np.linspace(0, 2e-3, 30)
+    asked = []
+
+    def ask():
+        asked.append(1)
+        return slack
+
+    meter = DifferenceMeter()
+    meter.update(ref, cand, ask)
+    assert not asked
+    wide, error = np.abs(ref.astype(np.float64)), np.abs(ref.astype(np.float64) - cand)
+    limit = 1e-4 + 1e-4 * wide
+    over = (error > limit).any(axis=1, keepdims=True)
+    assert over.all()
+    assert meter.result().max_ratio == pytest.approx((error / (limit + slack[:, None])).max(), rel=1e-12)
+    assert asked
+    alone = [DifferenceMeter() for _ in ref]  # at each position, another value may be the worst
+    for place, one in enumerate(alone):
+        one.update(ref[place], cand[place], lambda place=place: slack[place : place + 1])
+    found = [one.result().max_ratio for one in alone]
+    assert found == pytest.approx((error / (limit + slack[:, None])).max(axis=1), rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("best", "second", "error", "excused"),
     [

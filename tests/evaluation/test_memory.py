@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -57,11 +58,25 @@ def test_the_peak_is_fixed_when_the_block_fails():
 
 
 def test_without_proc(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
-    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "none" / "none")
+    monkeypatch.setattr(memory, "_PROCESSES", tmp_path / "none")
     assert not memory.reset_peak()
     assert memory.peak_memory_bytes() > 10 * MB
     assert memory.resident_memory_bytes() == memory.peak_memory_bytes()
+    assert memory.peak_memory_bytes(os.getpid()) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another process's memory is known on Linux only")
+def test_the_peak_of_another_process():
+    # It speaks only after the memory is given back.
+    program = "import sys; x = b'x' * 100_000_000; del x; print('ready', flush=True); sys.stdin.readline()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "ready\n"
+        assert memory.peak_memory_bytes(other.pid) > 100_000_000
+        if memory.reset_peak(other.pid):
+            assert memory.peak_memory_bytes(other.pid) < 90_000_000
+        other.communicate("\n")
 
 
 def test_folder_size(tmp_path):

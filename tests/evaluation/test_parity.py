@@ -14,9 +14,10 @@ from lmopt.errors import (
     UnsupportedError,
     UnsupportedOptionError,
 )
+from lmopt.evaluation import cases
 from lmopt.evaluation.cases import make_rows
 from lmopt.evaluation.divergence import LogitsDifference, compare_logits
-from lmopt.evaluation.parity import engine_reference, measure, require
+from lmopt.evaluation.parity import Examination, engine_reference, engine_rounding, measure, require
 from lmopt.evaluation.report import CaseResult, ParityReport
 from lmopt.evaluation.tolerances import TOLERANCES, Tolerance
 from lmopt.types import ModelFacts
@@ -254,3 +255,133 @@ def test_an_engine_of_equal_rows_is_measured_in_every_case(context):
     assert [case.case for case in report.cases] == CASES
     weights = scaled().weights
     assert not any(case.ok for case in measure(reference(config), EqualRows(config, weights)).cases)
+
+
+# Turns and rounding -----------------------------------------------------------------------------
+
+
+def test_reference_and_candidate_take_turns():
+    """Neither is asked while the other one is at work, so that either may give its memory back."""
+    oracle_logits = reference()
+    at_work = "reference"
+
+    def watched(ids):
+        assert at_work == "reference"
+        return oracle_logits(ids)
+
+    def rounding(ids):
+        watched(ids)
+        return np.full(len(ids), 1.0, np.float32)
+
+    class Watched(Decoder):
+        def forward(self, *args, **options):
+            assert at_work == "candidate"
+            return super().forward(*args, **options)
+
+    config = Config()
+    examination = Examination(watched, facts=healthy().facts, rounding=rounding)
+    at_work = "candidate"
+    examination.run(Watched(config, scaled().weights))
+    at_work = "reference"
+    report = examination.report()
+    assert [case.case for case in report.cases] == CASES
+    assert not report.ok
+
+
+def shifted(row, place, by):
+    """Logits of the healthy decoder with one of them moved at the last position of a given length."""
+
+    class Shifted(Decoder):
+        def forward(self, input_ids, lengths, state, **options):
+            logits, after = super().forward(input_ids, lengths, state, **options)
+            if input_ids.shape == (1, row):
+                logits = logits.copy()
+                logits[0, place, 5] += by
+            return logits, after
+
+    return Shifted(Config())
+
+
+@pytest.mark.parametrize(
+    ("uncertain", "by", "ok"),
+    [
+        (None, 4e-4, False),
+        (0.0, 4e-4, False),
+        (1e-4, 4e-4, True),  # three times 1e-4 is added to 1e-4 x (1 + |reference|)
+        (1e-5, 4e-4, False),
+        (1.0, 9e-4, True),
+        (1.0, 5e-3, False),  # no more than ten times 1e-4 is ever added
+    ],
+)
+def test_where_the_reference_is_uncertain_a_larger_error_passes(uncertain, by, ok):
+    asked = []
+
+    def rounding(ids):
+        asked.append(len(ids))
+        if uncertain is None:
+            return None
+        found = np.zeros(len(ids), np.float32)
+        found[20] = uncertain
+        return found
+
+    report = measure(reference(), shifted(33, 20, by), rounding=rounding)
+    verdicts = {case.case: case.ok for case in report.cases}
+    assert verdicts == dict.fromkeys(CASES, True) | {"prefill": ok}
+    assert asked == [33 + 2 + 6], "only the row in doubt is read again, once"
+
+
+def test_uncertainty_excuses_its_own_position_only():
+    def rounding(ids):
+        return (np.arange(len(ids)) != 20).astype(np.float32)
+
+    assert not measure(reference(), shifted(33, 20, 4e-4), rounding=rounding).ok
+    assert measure(reference(), shifted(33, 19, 4e-4), rounding=rounding).ok
+
+
+@pytest.mark.parametrize(("position", "ok"), [(135, True), (0, False), (134, False)])
+def test_uncertainty_belongs_to_the_position_in_the_row(position, ok):
+    class Shifted(Decoder):
+        def forward(self, input_ids, lengths, state, **options):
+            logits, after = super().forward(input_ids, lengths, state, **options)
+            if input_ids.shape == (1, 1) and state.lengths[0] == 135:
+                logits = logits + np.float32(4e-4)
+            return logits, after
+
+    def rounding(ids):
+        return (np.arange(len(ids)) == position).astype(np.float32)
+
+    assert measure(reference(), Shifted(Config()), rounding=rounding).ok == ok
+
+
+def test_the_reference_is_not_read_twice_where_all_is_well():
+    def rounding(ids):
+        pytest.fail("nothing was in doubt")
+
+    assert measure(reference(), healthy(), rounding=rounding).ok
+
+
+def test_an_engine_tells_its_own_rounding():
+    class Coarse(Decoder):
+        def forward(self, input_ids, lengths, state, **options):
+            logits, after = super().forward(input_ids, lengths, state, **options)
+            return logits + np.float32(0.25) * (input_ids.shape[1] < 7), after
+
+    ids = np.arange(3, 20)
+    found = engine_rounding(Coarse(Config()))(ids)
+    assert found.shape == (17,)
+    assert found[:14] == pytest.approx(0, abs=1e-5)
+    assert found[14:] == pytest.approx(0.25, abs=1e-5)
+
+
+def test_a_row_is_forgotten_once_no_case_needs_it(monkeypatch):
+    monkeypatch.setattr(cases, "_BATCH_LOGIT_BYTES", 4 * 4 * 33 * 96)  # too little for the longest row
+    kept = []
+    examination = Examination(
+        reference(),
+        facts=healthy().facts,
+        progress=lambda done, total: kept.append(sorted(examination._logits)),
+    )
+    examination.run(healthy())
+    everything, short = [0, 1, 2, 3, 4], [0, 1, 2, 3]
+    assert kept == [everything, everything, everything, short, short, short, []]
+    assert examination.report().ok

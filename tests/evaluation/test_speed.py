@@ -1,12 +1,21 @@
 import gc
 import time
 
+import numpy as np
 import pytest
 from small_decoder import Config, Decoder
 
-from lmopt.errors import ContextLengthError, InputError
+from lmopt.errors import ContextLengthError, InputError, ShapeError
 from lmopt.evaluation import speed
-from lmopt.evaluation.speed import Figure, compare_speed, measure_speed
+from lmopt.evaluation.speed import (
+    Figure,
+    Lap,
+    Speed,
+    compare_speed,
+    measure_speed,
+    random_prompts,
+    run_lap,
+)
 
 
 class Clock:
@@ -51,6 +60,34 @@ def test_figures_are_those_of_the_clock(timed):
     assert got.first_token_ms == Figure(40.0, 40.0, 40.0)
     assert got.prefill_tokens_per_s.median == pytest.approx(2 * 4 / 0.040)
     assert (got.rounds, got.batch, got.prompt_tokens, got.new_tokens) == (3, 2, 4, 5)
+
+
+def test_rates_of_rows_that_start_and_end_apart():
+    # Row 0 has its first token at 10 ms and then one every 10 ms; row 1 starts at 30 ms, 5 ms a token.
+    stamps = np.array([[10, 20, 30, 40], [30, 35, 40, 45]]) * 1_000_000
+    got = Speed.of([Lap((3, 6), np.zeros((2, 4), np.int64), stamps)])
+    assert got.first_token_ms.median == pytest.approx(30)
+    assert got.prefill_tokens_per_s.median == pytest.approx(9 / 0.030)
+    assert got.decode_tokens_per_s.median == pytest.approx(4 / 0.015)  # those after 30 ms
+    assert got.total_tokens_per_s.median == pytest.approx(8 / 0.045)
+    assert got.token_p50_ms.median == pytest.approx(7.5)
+    assert (got.prompt_tokens, got.new_tokens, got.batch, got.rounds) == (6, 4, 2, 1)
+
+
+def test_a_lap_gives_the_tokens_of_each_row_whatever_its_length():
+    engine = Decoder(Config(layers=1))
+    prompts = random_prompts(engine.facts, [7, 3, 5], seed=1)
+    together = run_lap(engine, prompts, 6)
+    assert together.prompt_lengths == (7, 3, 5)
+    for row, prompt in enumerate(prompts):
+        assert run_lap(engine, [prompt], 6).tokens.tolist() == [together.tokens[row].tolist()]
+
+
+def test_laps_whose_arrays_do_not_belong_together():
+    with pytest.raises(ShapeError, match="prompts, new tokens"):
+        Lap((3,), np.zeros((2, 4), np.int64), np.zeros((2, 4), np.int64))
+    with pytest.raises(ShapeError, match="two new tokens"):
+        Lap((3,), np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
 
 
 def test_engines_take_turns(timed):

@@ -115,6 +115,7 @@ def _show(out: Output, speeds: "dict[str, Speed]", peaks: dict[str, dict[str, An
         ("first token, ms", *(str(one.first_token_ms) for one in speeds.values())),
         ("prefill, tokens/s", *(str(one.prefill_tokens_per_s) for one in speeds.values())),
         ("decode, tokens/s", *(str(one.decode_tokens_per_s) for one in speeds.values())),
+        ("new tokens/s in all", *(str(one.total_tokens_per_s) for one in speeds.values())),
         ("between tokens, ms: median", *(str(one.token_p50_ms) for one in speeds.values())),
         ("between tokens, ms: 95 %", *(str(one.token_p95_ms) for one in speeds.values())),
         ("decode against the first", *(f"{_ratio(one, first):.2f} x" for one in speeds.values())),

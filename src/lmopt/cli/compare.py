@@ -13,13 +13,9 @@ from lmopt.cli.tables import parity_table
 from lmopt.errors import InputError, LmoptError
 
 if TYPE_CHECKING:
-    from lmopt.contracts import Engine
-    from lmopt.evaluation.parity import Rounding
     from lmopt.runtime import Runtime
-    from lmopt.types import FloatArray, IntArray
 
 _BISECT_TOKENS: Final = 24
-_PIECE: Final = 7
 _COARSER: Final = ("float32", "float16", "bfloat16")
 
 
@@ -60,7 +56,7 @@ def compare(
     A is run by one full pass a row; B with its cache, in pieces, in padded and reordered batches, as in
     the parity gate of an export. The exit status is 1 where a limit is exceeded.
     """
-    from lmopt.evaluation import engine_reference, measure
+    from lmopt.evaluation import engine_reference, engine_rounding, measure
 
     common = {"device": device, "dtype": dtype, "threads": threads, "trust": trust}
     with (
@@ -78,7 +74,7 @@ def compare(
                 facts=facts,
                 dtype=tolerance or coarser,
                 prompts=prompts,
-                rounding=_rounding(ours.engine),
+                rounding=engine_rounding(ours.engine),
                 progress=lambda done, total: tell("compare", done, total),
             )
         place = _locate(out, ours, theirs, prompts, coarser) if bisect else None
@@ -94,25 +90,6 @@ def compare(
     elif not report.ok:
         out.note("--bisect finds the first block and operator that differ")
     out.result({"parity": report.to_dict(), **({"bisect": place} if bisect else {})})
-
-
-def _rounding(engine: "Engine") -> "Rounding":
-    """Measure what the order of operations does to A itself, as the gate does: it reads a row in pieces."""
-    import numpy as np
-
-    from lmopt.evaluation import engine_reference
-
-    def rounding(ids: "IntArray") -> "FloatArray":
-        whole = engine_reference(engine)(ids)
-        state, parts = engine.begin(1, capacity=len(ids)), []
-        for start in range(0, len(ids), _PIECE):
-            piece = ids[None, start : start + _PIECE]
-            logits, state = engine.forward(piece, np.array([piece.shape[1]]), state)
-            parts.append(logits[0])
-        largest: FloatArray = np.abs(np.concatenate(parts) - whole).max(-1)
-        return largest
-
-    return rounding
 
 
 def _common_facts(ours: "Runtime", theirs: "Runtime") -> Any:

@@ -66,6 +66,10 @@ def export(
     seconds = time.perf_counter() - began
     parity = artifact.manifest["parity"]
     for name in artifact.formats:
+        said = artifact.manifest["formats"][name]
+        if "fallback" in said:
+            out.text(f"{name}: written as {said['target']!r}, not as {target!r}, because {said['fallback']}.")
+    for name in artifact.formats:
         if name in parity:
             parity_table(out, parity[name])
         else:
@@ -85,6 +89,10 @@ def export(
             "peak_memory_bytes": memory.peak_bytes,
             "peak_memory_exact": memory.exact,
             "parity": parity,
+            "targets": {
+                name: {key: said[key] for key in ("target", "fallback") if key in said}
+                for name, said in artifact.manifest["formats"].items()
+            },
         }
     )
 

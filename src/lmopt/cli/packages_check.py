@@ -59,7 +59,10 @@ def check_tensorrt(packages: dict[str, str]) -> list[Finding]:
     if rtx:
         found.append(_rtx(rtx))
     else:
-        text = "not installed, and no backend of lmopt uses it yet; plain wheels, for RTX cards (compute capability 7.5 to 12.x, not 9.0 or 10.0)"
+        text = (
+            "not installed, and no backend of lmopt uses it yet; plain wheels, for RTX cards "
+            "(compute capability 7.5 to 12.x, not 9.0 or 10.0)"
+        )
         found.append(Finding("accelerators", "TensorRT-RTX", "missing", text, _quoted("lmopt[tensorrt-rtx]")))
     if light:
         found.append(

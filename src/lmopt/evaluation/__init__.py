@@ -9,10 +9,17 @@ from lmopt.evaluation.memory import (
     reset_peak,
     resident_memory_bytes,
 )
-from lmopt.evaluation.parity import Reference, engine_reference, measure, require
+from lmopt.evaluation.parity import (
+    Examination,
+    Reference,
+    engine_reference,
+    engine_rounding,
+    measure,
+    require,
+)
 from lmopt.evaluation.perplexity import Perplexity, perplexity
 from lmopt.evaluation.report import CaseResult, ParityReport
-from lmopt.evaluation.speed import Figure, Speed, compare_speed, measure_speed
+from lmopt.evaluation.speed import Figure, Lap, Speed, compare_speed, measure_speed, run_lap
 from lmopt.evaluation.tolerances import TOLERANCES, Tolerance, tolerance_for
 
 __all__ = [
@@ -20,7 +27,9 @@ __all__ = [
     "CaseResult",
     "DifferenceMeter",
     "Divergence",
+    "Examination",
     "Figure",
+    "Lap",
     "LogitsDifference",
     "ParityReport",
     "PeakMemory",
@@ -31,6 +40,7 @@ __all__ = [
     "compare_logits",
     "compare_speed",
     "engine_reference",
+    "engine_rounding",
     "folder_size_bytes",
     "locate",
     "log_softmax",
@@ -41,5 +51,6 @@ __all__ = [
     "require",
     "reset_peak",
     "resident_memory_bytes",
+    "run_lap",
     "tolerance_for",
 ]

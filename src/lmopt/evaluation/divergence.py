@@ -26,9 +26,9 @@ class LogitsDifference:
         nonfinite: Positions at which either side holds NaN or infinity.
         max_abs: Largest `|candidate - reference|`.
         mean_abs: Mean of it over positions and vocabulary.
-        max_ratio: Largest `|candidate - reference| / (atol + rtol * |reference| + slack)`, slack
-            being the measured uncertainty of the reference at the position; at most 1 is within
-            the limits. 0 where the tolerance sets none.
+        max_ratio: Largest `|candidate - reference| / (atol + rtol * |reference| + slack)`; at most 1
+            is within the limits. Slack is the measured uncertainty of the reference at a position
+            where a logit is over the plain limit, and 0 elsewhere. 0 where the tolerance sets none.
         kl_mean: Mean over positions of KL(reference || candidate) in nats.
         kl_p50: Median of it.
         kl_p99: 99th percentile of it.
@@ -61,8 +61,21 @@ class LogitsDifference:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Doubt:
+    """A position at which a logit is over the plain limit, kept until its slack is asked for."""
+
+    slack: Callable[[], NDArray[np.float64]]
+    position: int
+    errors: NDArray[np.float64]
+    limits: NDArray[np.float64]
+
+    def ratio(self) -> float:
+        return float((self.errors / (self.limits + self.slack()[self.position])).max())
+
+
 class DifferenceMeter:
-    """Gathers differences over many calls, in memory that grows by a number a position.
+    """Gathers differences over many calls, in memory that grows by a few numbers a position.
 
     A disagreement about the most likely token is excused as a **tie** where the reference rates the
     candidate's choice within twice the smaller of (a) the largest error at that position and (b) the
@@ -84,6 +97,7 @@ class DifferenceMeter:
         self._raw_misses = 0
         self._misses = 0
         self._kl: list[NDArray[np.float64]] = []
+        self._doubts: list[_Doubt] = []
 
     def update(
         self,
@@ -97,8 +111,9 @@ class DifferenceMeter:
             reference: `(..., vocab)` logits.
             candidate: Logits of the same shape.
             slack: Gives `(positions,)` what may be added to the limit of each position's logits,
-                where the reference itself is uncertain. Called only if a logit exceeds the plain
-                limit, since it may cost a pass of the reference.
+                where the reference itself is uncertain. Called by `result`, and only if a logit
+                exceeds the plain limit: it may cost a pass of the reference, whose memory may not
+                be there for as long as the candidate holds its own.
 
         Raises:
             ShapeError: The shapes differ, or there is no vocabulary axis.
@@ -122,9 +137,10 @@ class DifferenceMeter:
         self._raw_misses += other._raw_misses
         self._misses += other._misses
         self._kl.extend(other._kl)
+        self._doubts.extend(other._doubts)
 
     def result(self) -> LogitsDifference:
-        """Give the figures over all positions so far."""
+        """Give the figures over all positions so far; ask for the slack of those in doubt."""
         kl = np.concatenate(self._kl) if self._kl else np.zeros(0)
         finite = kl.size
         some = kl if finite else np.zeros(1)
@@ -134,7 +150,7 @@ class DifferenceMeter:
             nonfinite=self._nonfinite,
             max_abs=self._max_abs,
             mean_abs=self._abs_sum / max(1, self._values),
-            max_ratio=self._max_ratio,
+            max_ratio=max([self._max_ratio, *(doubt.ratio() for doubt in self._doubts)]),
             kl_mean=float(some.mean()),
             kl_p50=float(np.percentile(some, 50)),
             kl_p99=float(np.percentile(some, 99)),
@@ -184,9 +200,15 @@ class DifferenceMeter:
             limit = np.abs(ref, out=ref)
             limit *= self.tolerance.rtol
             limit += self.tolerance.atol
-            if slack is not None and (error > limit).any():
-                limit += slack()[start : start + len(reference)][finite][:, None]
-            self._max_ratio = max(self._max_ratio, float((error / limit).max()))
+            ratio = (error / limit).max(axis=1)
+            sure = ratio <= 1.0 if slack is not None else np.ones(len(ratio), bool)
+            self._max_ratio = max(self._max_ratio, float(ratio[sure].max(initial=0.0)))
+            if slack is not None:
+                positions = start + np.flatnonzero(finite)
+                self._doubts += [
+                    _Doubt(slack, int(positions[at]), *_outer(error[at], limit[at]))
+                    for at in np.flatnonzero(~sure)
+                ]
 
 
 def compare_logits(
@@ -230,6 +252,20 @@ def _kl(
     kl = mean_difference - (top_ref - top_cand) + np.log(other) - np.log(total)
     # Rounding can leave -1e-16 where the two are equal.
     return np.asarray(np.maximum(kl, 0.0))
+
+
+def _outer(
+    errors: NDArray[np.float64], limits: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Keep what can be the largest `error / (limit + slack)` for some slack.
+
+    A value with a smaller error and a larger limit than another never is. Of a vocabulary a dozen remain.
+    """
+    order = np.argsort(limits)
+    errors, limits = errors[order], limits[order]
+    best = np.maximum.accumulate(errors)
+    kept = np.concatenate([[True], errors[1:] > best[:-1]])
+    return errors[kept], limits[kept]
 
 
 def _chunks(reference: FloatArray, candidate: FloatArray) -> Iterator[tuple[int, FloatArray, FloatArray]]:

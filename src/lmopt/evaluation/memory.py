@@ -6,30 +6,43 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
+_PROCESSES = Path("/proc")
 # Blocks that are being measured: a reset for an inner one must not take the peak from the others.
 _active: list["PeakMemory"] = []
 
 
-def resident_memory_bytes() -> int:
-    """Read the memory that this process holds now; its peak where the system does not say."""
-    return _status("VmRSS") or _lifetime_peak()
+def resident_memory_bytes(process: int | None = None) -> int:
+    """Read the memory that a process holds now.
+
+    Args:
+        process: Its id; `None` is this process. What another one holds is known on Linux only.
+
+    Returns:
+        Bytes. Where the system does not say: the peak of this process, 0 of another one.
+    """
+    return _status("VmRSS", process) or _lifetime_peak(process)
 
 
-def peak_memory_bytes() -> int:
-    """Read the most memory that this process has held, since its start or since the last reset."""
-    return _status("VmHWM") or _lifetime_peak()
+def peak_memory_bytes(process: int | None = None) -> int:
+    """Read the most memory that a process has held, since its start or since the last reset.
+
+    Args:
+        process: As for `resident_memory_bytes`.
+    """
+    return _status("VmHWM", process) or _lifetime_peak(process)
 
 
-def reset_peak() -> bool:
+def reset_peak(process: int | None = None) -> bool:
     """Start `peak_memory_bytes` afresh.
+
+    Args:
+        process: As for `resident_memory_bytes`.
 
     Returns:
         Whether the system allowed it: Linux does, unless a container forbids it.
     """
     try:
-        _CLEAR.write_text("5")
+        (_folder(process) / "clear_refs").write_text("5")
     except OSError:
         return False
     return True
@@ -110,10 +123,14 @@ class PeakMemory:
             self.peak_bytes = max(self.peak_bytes, resident_memory_bytes())
 
 
-def _status(name: str) -> int:
-    """A field of `/proc/self/status` in bytes, 0 where there is none."""
+def _folder(process: int | None) -> Path:
+    return _PROCESSES / ("self" if process is None else str(process))
+
+
+def _status(name: str, process: int | None = None) -> int:
+    """A field of a process's `status` file in bytes, 0 where there is none."""
     try:
-        text = _STATUS.read_text()
+        text = (_folder(process) / "status").read_text()
     except OSError:
         return 0
     for line in text.splitlines():
@@ -123,8 +140,10 @@ def _status(name: str) -> int:
     return 0
 
 
-def _lifetime_peak() -> int:
-    """Peak since the process started, on any POSIX system; it cannot be reset."""
+def _lifetime_peak(process: int | None = None) -> int:
+    """Peak since this process started, on any POSIX system, which cannot be reset; 0 of another one."""
+    if process is not None:
+        return 0
     import resource  # POSIX only, and only needed where there is no /proc
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,7 +7,7 @@ turns a failed report into `ParityError`, so that nothing that failed is publish
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -35,6 +35,7 @@ model offers no second order."""
 # from excusing everything.
 _ROUNDING_SHARE = 3.0
 _MOST_SLACK = 10.0
+_PIECE = 7
 
 
 def measure(
@@ -81,38 +82,125 @@ def measure(
         EngineError: The candidate returned logits of a wrong shape.
         ShapeError: The reference did.
     """
-    facts = facts or candidate.facts
-    limits = tolerance or tolerance_for(dtype)
-    rows = make_rows(facts, prompts, lengths, seed)
-    engine = for_unequal_rows(candidate)
-    oracle = _Oracle(reference, rounding, facts, limits)
-    expected = [oracle.judgement(row.ids) for row in rows]
-    total = len(CASES) + 1
-    results = []
-    for number, (name, run) in enumerate(CASES.items()):
-        _tell(progress, number, total)
-        meter = DifferenceMeter(limits)
-        for seen in run(engine, rows):
-            expected[seen.row].judge(meter, seen)
-        results.append(CaseResult.judge(name, meter.result(), limits))
-
-    _tell(progress, total - 1, total)
-    meter = DifferenceMeter(limits)
-    read, steps = greedy(engine, rows[:4], max(1, new_tokens))
-    for seen in steps:
-        oracle.judgement(read[seen.row]).judge(meter, seen)
-    results.append(CaseResult.judge("greedy", meter.result(), limits))
-    _tell(progress, total, total)
-
-    says = candidate.report()
-    return ParityReport(
-        candidate=f"{says.backend} {says.device} {says.dtype}",
-        tolerance=limits,
-        cases=tuple(results),
-        lengths=tuple(row.prompt for row in rows),
-        ids="random" if prompts is None else "text",
+    examination = Examination(
+        reference,
+        facts=facts or candidate.facts,
+        dtype=dtype,
+        prompts=prompts,
+        tolerance=tolerance,
         seed=seed,
+        lengths=lengths,
+        new_tokens=new_tokens,
+        rounding=rounding,
+        progress=progress,
     )
+    examination.run(candidate)
+    return examination.report()
+
+
+class Examination:
+    """`measure` in three steps, so that reference and candidate need not be in memory together.
+
+    The reference is asked when the object is made, then only the candidate by `run`, then only the
+    reference, and rarely, by `report`. Between the steps either may give its memory back.
+
+    Args:
+        reference: As for `measure`.
+        facts: Facts of the model.
+        dtype: As for `measure`.
+        prompts: As for `measure`.
+        tolerance: As for `measure`.
+        seed: As for `measure`.
+        lengths: As for `measure`.
+        new_tokens: As for `measure`.
+        rounding: As for `measure`.
+        progress: As for `measure`.
+
+    Raises:
+        UnsupportedOptionError, UnsupportedError, InputError, ShapeError: As `measure`.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        *,
+        facts: ModelFacts,
+        dtype: str = "float32",
+        prompts: Sequence[Sequence[int]] | None = None,
+        tolerance: Tolerance | None = None,
+        seed: int = 0,
+        lengths: Sequence[int] = (1, 2, 7, 33, 130),
+        new_tokens: int = 32,
+        rounding: Rounding | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._limits = tolerance or tolerance_for(dtype)
+        self._rows = make_rows(facts, prompts, lengths, seed)
+        self._oracle = _Oracle(reference, rounding, facts, self._limits)
+        self._logits = {row.number: self._oracle.logits(row.ids) for row in self._rows}
+        self._new_tokens = max(1, new_tokens)
+        self._progress = progress
+        self._ids = "random" if prompts is None else "text"
+        self._seed = seed
+        self._candidate = ""
+        self._meters: dict[str, DifferenceMeter] = {}
+        self._greedy: tuple[list[IntArray], list[Seen]] = ([], [])
+
+    def run(self, candidate: Engine) -> None:
+        """Take the candidate through every case; afterwards it is no longer needed.
+
+        Args:
+            candidate: Engine under test.
+
+        Raises:
+            EngineError: It returned logits of a wrong shape.
+        """
+        engine = for_unequal_rows(candidate)
+        slacks = {row.number: self._oracle.slack(row.ids) for row in self._rows}
+        vocab = candidate.facts.vocab_size
+        chosen = [case.choose(self._rows, vocab) for case in CASES.values()]
+        for number, (name, case) in enumerate(CASES.items()):
+            self._tell(number)
+            meter = self._meters[name] = DifferenceMeter(self._limits)
+            for seen in case.run(engine, chosen[number]):
+                _judge(meter, self._logits[seen.row], seen, slacks[seen.row])
+                # Logits are the largest arrays by far: none is to live on during the next call.
+                del seen
+            needed = {row.number for rows in chosen[number + 1 :] for row in rows}
+            self._logits = {row: logits for row, logits in self._logits.items() if row in needed}
+        self._tell(len(CASES))
+        self._greedy = greedy(engine, self._rows[:4], self._new_tokens)
+        says = candidate.report()
+        self._candidate = f"{says.backend} {says.device} {says.dtype}"
+
+    def report(self) -> ParityReport:
+        """Let the reference judge the candidate's own tokens and what is in doubt.
+
+        Returns:
+            Numbers and verdict for each case.
+
+        Raises:
+            ShapeError: The reference returned logits of a wrong shape.
+        """
+        meter = self._meters["greedy"] = DifferenceMeter(self._limits)
+        read, steps = self._greedy
+        for seen in steps:
+            ids = read[seen.row]
+            _judge(meter, self._oracle.logits(ids), seen, self._oracle.slack(ids))
+        cases = [CaseResult.judge(name, one.result(), self._limits) for name, one in self._meters.items()]
+        self._tell(len(CASES) + 1)
+        return ParityReport(
+            candidate=self._candidate,
+            tolerance=self._limits,
+            cases=tuple(cases),
+            lengths=tuple(row.prompt for row in self._rows),
+            ids=self._ids,
+            seed=self._seed,
+        )
+
+    def _tell(self, done: int) -> None:
+        if self._progress is not None:
+            self._progress(done, len(CASES) + 1)
 
 
 def require(
@@ -153,24 +241,23 @@ def engine_reference(engine: Engine) -> Reference:
     return logits
 
 
-class _Expected:
-    """What the reference says of a row, and, once that is asked for, how sure it is of each position."""
+def engine_rounding(engine: Engine) -> Rounding:
+    """Make the rounding of an engine that is the reference: it reads a row at once and in pieces."""
+    whole = engine_reference(engine)
 
-    def __init__(self, logits: FloatArray, uncertainty: Callable[[], FloatArray | None], most: float) -> None:
-        self._logits = logits
-        self._uncertainty = uncertainty
-        self._most = most
+    def rounding(ids: IntArray) -> FloatArray:
+        state, parts = engine.begin(1, capacity=len(ids)), []
+        for start in range(0, len(ids), _PIECE):
+            piece = ids[None, start : start + _PIECE]
+            logits, state = engine.forward(piece, np.array([piece.shape[1]], dtype=np.int64), state)
+            parts.append(logits[0])
+        largest: FloatArray = np.abs(np.concatenate(parts) - whole(ids)).max(-1)
+        return largest
 
-    def judge(self, meter: DifferenceMeter, seen: Seen) -> None:
-        end = seen.start + len(seen.logits)
-        meter.update(self._logits[seen.start : end], seen.logits, lambda: self._slack[seen.start : end])
+    return rounding
 
-    @cached_property
-    def _slack(self) -> NDArray[np.float64]:
-        uncertain = self._uncertainty()
-        if uncertain is None:
-            return np.zeros(len(self._logits))
-        return np.minimum(_ROUNDING_SHARE * uncertain.astype(np.float64), self._most)
+
+_Slack: TypeAlias = Callable[[], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,17 +269,29 @@ class _Oracle:
     facts: ModelFacts
     limits: Tolerance
 
-    def judgement(self, ids: IntArray) -> _Expected:
+    def logits(self, ids: IntArray) -> FloatArray:
         logits = self.reference(ids)
         if logits.shape != (len(ids), self.facts.vocab_size):
             raise ShapeError(
                 f"the reference gave logits of shape {logits.shape} for {len(ids)} tokens; "
                 f"expected {(len(ids), self.facts.vocab_size)}: one row for each token, unpadded."
             )
-        rounding = self.rounding or (lambda ids: None)
-        return _Expected(logits, lambda: rounding(ids), _MOST_SLACK * (self.limits.atol or 0.0))
+        return logits
+
+    def slack(self, ids: IntArray) -> _Slack:
+        """Make what gives `(tokens,)` slack of a row, measured once, and only if it is asked for."""
+
+        @cache
+        def slack() -> NDArray[np.float64]:
+            uncertain = self.rounding(ids) if self.rounding is not None else None
+            if uncertain is None:
+                return np.zeros(len(ids))
+            most = _MOST_SLACK * (self.limits.atol or 0.0)
+            return np.minimum(_ROUNDING_SHARE * uncertain.astype(np.float64), most)
+
+        return slack
 
 
-def _tell(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)
+def _judge(meter: DifferenceMeter, expected: FloatArray, seen: Seen, slack: _Slack) -> None:
+    end = seen.start + len(seen.logits)
+    meter.update(expected[seen.start : end], seen.logits, lambda: slack()[seen.start : end])

@@ -1,7 +1,8 @@
 """How fast an engine reads prompts and generates tokens: the one path behind every printed figure.
 
-A round is one prompt read from an empty state and `new_tokens` greedy tokens, one call each. Rounds
-that warm up the engine are not counted. Each figure is the median over rounds, and its spread is the
+A round is a `Lap`: prompts read from an empty state and greedy tokens, each with the time when it was
+known. Laps of other programs (`benchmarks/`) are summarised by the same `Speed.of`. Rounds that warm up
+the engine are not counted. Each figure is the median over rounds, and its spread is the
 least and the largest round: on a shared machine that says more than a deviation does.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lmopt.contracts import Engine
-from lmopt.errors import ContextLengthError, InputError
+from lmopt.errors import ContextLengthError, InputError, ShapeError
 from lmopt.types import IntArray, ModelFacts
 
 
@@ -43,16 +44,62 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
+class Lap:
+    """One greedy generation, timed: where every figure of speed comes from, whoever generated.
+
+    Attributes:
+        prompt_lengths: Tokens of each row's prompt.
+        tokens: `(row, token)` int64, the new tokens.
+        stamps_ns: `(row, token)` int64, nanoseconds from the start to when each was known.
+    """
+
+    prompt_lengths: tuple[int, ...]
+    tokens: IntArray
+    stamps_ns: IntArray
+
+    def __post_init__(self) -> None:
+        """Check that the arrays belong together.
+
+        Raises:
+            ShapeError: They do not, or a row has fewer than 2 new tokens.
+        """
+        shape = self.stamps_ns.shape
+        if len(shape) != 2 or self.tokens.shape != shape or shape[0] != len(self.prompt_lengths):
+            raise ShapeError(
+                f"a lap of {len(self.prompt_lengths)} prompts has tokens of shape {self.tokens.shape} and "
+                f"stamps of shape {shape}; both must be (prompts, new tokens)"
+            )
+        if shape[1] < 2:
+            raise ShapeError("a lap needs two new tokens: the time between tokens is what decoding takes")
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds until every row has its first token."""
+        return max(float(self.stamps_ns[:, 0].max()) / 1e9, 1e-9)
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds from then until every row has its last."""
+        return max(float(self.stamps_ns.max() - self.stamps_ns[:, 0].max()) / 1e9, 1e-9)
+
+    @property
+    def decoded_tokens(self) -> int:
+        """Tokens of all rows that were chosen in that time."""
+        return int((self.stamps_ns > self.stamps_ns[:, 0].max()).sum())
+
+
+@dataclass(frozen=True, slots=True)
 class Speed:
     """Speed of an engine. Rates count the tokens of all rows of the batch.
 
     Attributes:
-        first_token_ms: Time from the call with the prompt to the first new token.
+        first_token_ms: Time from the call with the prompts until every row has its first new token.
         prefill_tokens_per_s: Prompt tokens read a second.
-        decode_tokens_per_s: New tokens a second after the first.
+        decode_tokens_per_s: New tokens a second after that.
+        total_tokens_per_s: New tokens over the whole time, prompts included.
         token_p50_ms: Median time between two new tokens of a row.
         token_p95_ms: 95th percentile of it.
-        prompt_tokens: Tokens of a prompt.
+        prompt_tokens: Tokens of a prompt, of the longest where they differ.
         new_tokens: New tokens a row.
         rounds: Counted rounds.
         batch: Rows.
@@ -61,12 +108,37 @@ class Speed:
     first_token_ms: Figure
     prefill_tokens_per_s: Figure
     decode_tokens_per_s: Figure
+    total_tokens_per_s: Figure
     token_p50_ms: Figure
     token_p95_ms: Figure
     prompt_tokens: int
     new_tokens: int
     rounds: int
     batch: int
+
+    @classmethod
+    def of(cls, laps: Sequence[Lap]) -> "Speed":
+        """Summarise laps of the same sizes, one a round.
+
+        Args:
+            laps: At least one.
+        """
+        between = [np.diff(one.stamps_ns, axis=1) / 1e6 for one in laps]
+        batch, new_tokens = laps[0].tokens.shape
+        return cls(
+            first_token_ms=Figure.of([one.first_token_s * 1e3 for one in laps]),
+            prefill_tokens_per_s=Figure.of([sum(one.prompt_lengths) / one.first_token_s for one in laps]),
+            decode_tokens_per_s=Figure.of([one.decoded_tokens / one.decode_s for one in laps]),
+            total_tokens_per_s=Figure.of(
+                [one.tokens.size / (one.first_token_s + one.decode_s) for one in laps]
+            ),
+            token_p50_ms=Figure.of([float(np.percentile(steps, 50)) for steps in between]),
+            token_p95_ms=Figure.of([float(np.percentile(steps, 95)) for steps in between]),
+            prompt_tokens=max(laps[0].prompt_lengths),
+            new_tokens=new_tokens,
+            rounds=len(laps),
+            batch=batch,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Give the figures as plain values."""
@@ -154,20 +226,21 @@ def compare_speed(
     for name, engine in engines.items():
         _check_context(name, engine.facts, prompt_tokens + new_tokens)
     total = (warm_up + rounds) * len(engines)
-    laps: dict[str, list[tuple[float, IntArray]]] = {name: [] for name in engines}
+    laps: dict[str, list[Lap]] = {name: [] for name in engines}
     done = 0
     for turn in range(warm_up + rounds):
         order = list(engines) if turn % 2 == 0 else list(engines)[::-1]
         for name in order:
             if progress is not None:
                 progress(done, total)
-            lap = _lap(engines[name], prompt_tokens, new_tokens, batch, seed)
+            engine = engines[name]
+            lap = run_lap(engine, random_prompts(engine.facts, [prompt_tokens] * batch, seed), new_tokens)
             if turn >= warm_up:
                 laps[name].append(lap)
             done += 1
     if progress is not None:
         progress(total, total)
-    return {name: _summary(laps[name], prompt_tokens, new_tokens, batch) for name in engines}
+    return {name: Speed.of(laps[name]) for name in engines}
 
 
 def _check_context(name: str, facts: ModelFacts, tokens: int) -> None:
@@ -178,45 +251,46 @@ def _check_context(name: str, facts: ModelFacts, tokens: int) -> None:
         )
 
 
-def _lap(
-    engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, seed: int
-) -> tuple[float, IntArray]:
-    """One round: seconds to the first token, and nanoseconds between the tokens that follow."""
-    vocab = engine.facts.vocab_size
-    ids = np.random.default_rng(seed).integers(vocab // 8, vocab - vocab // 8, (batch, prompt_tokens))
-    lengths, one = np.full(batch, prompt_tokens, dtype=np.int64), np.ones(batch, dtype=np.int64)
+def random_prompts(facts: ModelFacts, lengths: Sequence[int], seed: int = 0) -> list[IntArray]:
+    """Draw prompts of given lengths; the rare ids at both ends of the vocabulary are left out.
+
+    Args:
+        facts: Of the model.
+        lengths: Tokens of each prompt.
+        seed: Of the draw.
+    """
+    vocab, random = facts.vocab_size, np.random.default_rng(seed)
+    return [random.integers(vocab // 8, vocab - vocab // 8, length) for length in lengths]
+
+
+def run_lap(engine: Engine, prompts: Sequence[Sequence[int] | IntArray], new_tokens: int) -> Lap:
+    """Generate greedily once, all prompts in one batch, and time it.
+
+    Args:
+        engine: Any engine.
+        prompts: Token ids of each row; of unequal lengths only where the engine is `ragged`.
+        new_tokens: Tokens to generate, at least 2.
+    """
+    lengths = np.array([len(one) for one in prompts], dtype=np.int64)
+    ids = np.zeros((len(prompts), int(lengths.max())), dtype=np.int64)
+    for line, row in zip(ids, prompts, strict=True):
+        line[: len(row)] = row
+    one = np.ones(len(prompts), dtype=np.int64)
     stamps = np.zeros(new_tokens, dtype=np.int64)
+    tokens = np.zeros((len(prompts), new_tokens), dtype=np.int64)
     collects = gc.isenabled()
     gc.collect()
     gc.disable()  # a pause of the collector would be counted as the engine's
     try:
         start = time.perf_counter_ns()
-        state = engine.begin(batch, capacity=prompt_tokens + new_tokens)
+        state = engine.begin(len(prompts), capacity=int(lengths.max()) + new_tokens)
         logits, state = engine.forward(ids, lengths, state, last_only=True)
         for step in range(new_tokens):
-            token = logits[:, -1].argmax(axis=-1)
-            stamps[step] = time.perf_counter_ns()
+            tokens[:, step] = token = logits[:, -1].argmax(axis=-1)
+            stamps[step] = time.perf_counter_ns() - start
             if step < new_tokens - 1:
                 logits, state = engine.forward(token[:, None], one, state, last_only=True)
     finally:
         if collects:
             gc.enable()
-    return (stamps[0] - start) / 1e9, np.diff(stamps)
-
-
-def _summary(laps: list[tuple[float, IntArray]], prompt_tokens: int, new_tokens: int, batch: int) -> Speed:
-    firsts = [max(first, 1e-9) for first, _ in laps]
-    steps = [between / 1e6 for _, between in laps]
-    return Speed(
-        first_token_ms=Figure.of([first * 1e3 for first in firsts]),
-        prefill_tokens_per_s=Figure.of([batch * prompt_tokens / first for first in firsts]),
-        decode_tokens_per_s=Figure.of(
-            [batch * len(step) / max(float(step.sum()), 1e-6) * 1e3 for step in steps]
-        ),
-        token_p50_ms=Figure.of([float(np.percentile(step, 50)) for step in steps]),
-        token_p95_ms=Figure.of([float(np.percentile(step, 95)) for step in steps]),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        rounds=len(laps),
-        batch=batch,
-    )
+    return Lap(tuple(lengths.tolist()), tokens, np.tile(stamps, (len(prompts), 1)))

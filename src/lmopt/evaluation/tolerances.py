@@ -22,7 +22,7 @@ class Tolerance:
     """Limits that a candidate's logits must keep, measured against a float32 reference.
 
     Attributes:
-        name: Compute or storage type that the row is for: `"float32"`, `"int4"`.
+        name: Compute or storage type that the row is for: `"float32"`, `"int4"`, `"int8-activations"`.
         kl_mean: Largest mean of KL(reference || candidate) over positions, in nats.
         top1: Least share of positions with the same most likely token, ties excused, 0 to 1.
         perplexity_ratio: Largest candidate perplexity over reference perplexity, or its inverse.
@@ -55,6 +55,11 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = MappingProxyType(
             Tolerance("float32", kl_mean=1e-8, top1=1.0, perplexity_ratio=1.0005, atol=1e-4, rtol=1e-4),
             Tolerance("float16", kl_mean=1e-4, top1=0.995, perplexity_ratio=1.001, tie=2.0**-10),
             Tolerance("bfloat16", kl_mean=5e-4, top1=0.99, perplexity_ratio=1.005, tie=2.0**-7),
+            # Not weights but activations: kernels that round them to 8 bits a block (`accuracy_level=4`).
+            # Measured on text: SmolLM2's Q4_1 grid KL 0.0033, top-1 97.1 %. The gate's few dozen positions,
+            # in six scripts, scatter more: up to 0.013 and 84 % for SmolLM2 damaged by 4-bit symmetric
+            # weights, 0.008 and 91 % for seeded tiny models. A lost offset gives 0.4.
+            Tolerance("int8-activations", kl_mean=3e-2, top1=0.75, perplexity_ratio=1.02),
             Tolerance("int8", kl_mean=5e-3, top1=0.98, perplexity_ratio=1.005),
             Tolerance("int4", kl_mean=5e-2, top1=0.90, perplexity_ratio=1.05),
         )
@@ -66,7 +71,7 @@ def tolerance_for(dtype: str) -> Tolerance:
     """Look up the limits of a type.
 
     Args:
-        dtype: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"` or `"int4"`.
+        dtype: `"float32"`, `"float16"`, `"bfloat16"`, `"int8-activations"`, `"int8"` or `"int4"`.
 
     Raises:
         UnsupportedOptionError: The table has no such row.

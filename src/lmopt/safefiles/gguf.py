@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from io import BufferedReader
 from typing import BinaryIO, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lmopt.errors import CorruptArtifactError
 from lmopt.safefiles.paths import open_regular
 
@@ -96,6 +99,30 @@ def check_gguf(path: str | os.PathLike[str]) -> GgufHeader:
     """
     with open_regular(path) as (raw, size), BufferedReader(raw, 256 * 1024) as file:
         return _Reader(file, size, os.fspath(path)).header()
+
+
+def read_tensor(path: str | os.PathLike[str], header: GgufHeader, name: str) -> NDArray[np.uint8]:
+    """Read the bytes of one tensor of a file whose header was checked.
+
+    Args:
+        path: The file.
+        header: From `check_gguf` of the same file.
+        name: The tensor's name.
+
+    Returns:
+        `(bytes,)` uint8.
+
+    Raises:
+        ArtifactNotFoundError: There is no such file any more.
+        CorruptArtifactError: The file has been cut off since.
+    """
+    tensor = header.tensors[name]
+    with open_regular(path) as (file, _):
+        file.seek(header.data_offset + tensor.offset)
+        data = np.fromfile(file, np.uint8, tensor.bytes)
+    if len(data) != tensor.bytes:
+        raise CorruptArtifactError(f"{os.fspath(path)} has been cut off since its header was read.")
+    return data
 
 
 class _Reader:

@@ -157,13 +157,13 @@ def position_attention(model: PreTrainedModel) -> Iterator[None]:
     """Run a transformers model with the attention and masks of this module, then restore its own."""
     with _switch, contextlib.ExitStack() as stack:
         if model._can_set_attn_implementation():
-            for config in _configs(model):
+            for config in configs_of(model):
                 stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
                 config._attn_implementation_internal = NAME
         yield
 
 
-def _configs(model: PreTrainedModel) -> list[Any]:
+def configs_of(model: PreTrainedModel) -> list[Any]:
     """List the distinct configs of a model and its parts."""
     found = {id(model.config): model.config}
     for part in model.modules():

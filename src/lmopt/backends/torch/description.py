@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmopt.backends.torch.language_model import device_of
+from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.errors import UnsupportedError
 from lmopt.tokenizer import Tokenizer
 from lmopt.types import ModelFacts
@@ -86,8 +87,9 @@ def context_length(config: Any) -> int | None:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Count weights, shared ones once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Count weights, shared ones once; a quantized weight is one, whatever its bits."""
+    quantized = {part.codes.data_ptr(): part.weight_count for part in quantized_parts(module).values()}
+    return sum(parameter.numel() for parameter in module.parameters()) + sum(quantized.values())
 
 
 def find_vocab_size(module: nn.Module) -> int:

@@ -7,13 +7,16 @@ from lmopt.signature import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, Sig
 from lmopt.types import ModelFacts
 
 
-def genai_config(config: Mapping[str, Any], facts: ModelFacts, signature: Signature) -> dict[str, Any]:
+def genai_config(
+    config: Mapping[str, Any], facts: ModelFacts, signature: Signature, *, shares_buffer: bool = False
+) -> dict[str, Any]:
     """Write the contents of `genai_config.json`.
 
     Args:
         config: The model's `config.json`.
         facts: Facts of the model.
         signature: Names and axes of the exported graph.
+        shares_buffer: Whether past and present are one buffer, written in place.
     """
     keys = [one for one in signature.state if one.past.name.endswith(".key")]
     head_size = keys[0].past.shape[-1] if keys else 0
@@ -61,7 +64,7 @@ def genai_config(config: Mapping[str, Any], facts: ModelFacts, signature: Signat
             "no_repeat_ngram_size": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": shares_buffer,
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 1,

@@ -1,4 +1,4 @@
-"""Load a GGUF file as a plain float model.
+"""Load a GGUF file as a plain float model, or with its quantized weights as they are.
 
 transformers reads GGUF itself, but for most architectures parses the file three times, builds its
 table of names once for every submodule, and leaves a model that cannot be saved. Here its parts
@@ -18,6 +18,7 @@ from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lmopt.backends.torch.description import Loaded, from_transformers
+from lmopt.backends.torch.gguf_grids import keep_grids
 from lmopt.backends.torch.loading import check_dtype, quiet, require_causal, require_complete
 from lmopt.backends.torch.tokenizer import as_tokenizer
 from lmopt.errors import CorruptArtifactError, LmoptError, NotInstalledError, UnsupportedError
@@ -30,17 +31,22 @@ _PLAIN_TYPES: Final = {0: "float32", 30: "bfloat16", 1: "float16"}
 _lock = threading.Lock()
 
 
-def load_gguf(path: Path, *, dtype: str = "auto", progress: bool = False) -> Loaded:
+def load_gguf(
+    path: Path, *, dtype: str = "auto", keep_quantization: bool = False, progress: bool = False
+) -> Loaded:
     """Load a GGUF file, dequantized.
 
     Args:
         path: The file.
         dtype: `"auto"` gives float32, or the file's own type where it is not quantized.
+        keep_quantization: Carry codes, scales and offsets of linears and embeddings over as they are
+            in the file, instead of dequantizing them.
         progress: Whether to show progress bars.
 
     Raises:
         CorruptArtifactError: The file is truncated or malformed, or weights are missing.
-        UnsupportedError: transformers cannot read this architecture from GGUF.
+        UnsupportedError: transformers cannot read this architecture from GGUF, or the file holds no
+            grid that could be kept.
         NotInstalledError: The `gguf` package is missing.
     """
     check_dtype(dtype)
@@ -53,9 +59,11 @@ def load_gguf(path: Path, *, dtype: str = "auto", progress: bool = False) -> Loa
         types = {tensor.type for tensor in header.tensors.values()}
         half = [name for kind, name in _PLAIN_TYPES.items() if kind in types and kind]
         dtype = half[0] if half and types <= _PLAIN_TYPES.keys() else "float32"
+    # A grid is recognised by its float32 values.
+    first = "float32" if keep_quantization else dtype
     with quiet(progress), _parsed_once(path, progress):
         try:
-            module, tokenizer = _load(path, getattr(torch, dtype))
+            module, tokenizer = _load(path, getattr(torch, first))
         except (LmoptError, MemoryError):
             raise
         except (NotImplementedError, ValueError, KeyError) as error:
@@ -73,6 +81,8 @@ def load_gguf(path: Path, *, dtype: str = "auto", progress: bool = False) -> Loa
         found = getattr(tokenizer, name)
         if getattr(settings, name) is None and found is not None:
             setattr(settings, name, found)
+    if keep_quantization:
+        module = keep_grids(path, header, module).to(getattr(torch, dtype))
     return from_transformers(module, as_tokenizer(tokenizer))
 
 

@@ -10,14 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 import transformers
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from lmopt.backends.torch.description import Loaded, from_transformers
+from lmopt.backends.torch.quantized_files import METHOD, load_state
 from lmopt.backends.torch.tokenizer import load_tokenizer
-from lmopt.backends.torch.trust import check_folder
+from lmopt.backends.torch.trust import INDEX, WEIGHTS, check_folder
 from lmopt.errors import (
     ArtifactNotFoundError,
     CorruptArtifactError,
@@ -25,6 +28,7 @@ from lmopt.errors import (
     UnsupportedError,
     UnsupportedOptionError,
 )
+from lmopt.safefiles import check_shard_index, contained, hub_blobs
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
@@ -47,8 +51,10 @@ def load_folder(folder: Path, *, dtype: str = "auto", trust: bool = False, progr
     check_dtype(dtype)
     raw = check_folder(folder, trust=trust)
     quantized = raw.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    if isinstance(quantized, dict) and method == METHOD:
+        return _load_quantized(folder, raw, quantized, dtype=dtype, progress=progress)
     if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UnsupportedError(
             f"{folder / 'config.json'} says that the weights are quantized ({method}). lmopt loads plain "
             "float "
@@ -80,6 +86,33 @@ def load_folder(folder: Path, *, dtype: str = "auto", trust: bool = False, progr
             ) from error
         require_complete(report, str(folder))
         tokenizer = load_tokenizer(folder, trust=trust)
+    return from_transformers(module, tokenizer)
+
+
+def _load_quantized(
+    folder: Path, raw: Mapping[str, Any], quantized: Mapping[str, Any], *, dtype: str, progress: bool
+) -> Loaded:
+    """Load a model that lmopt saved quantized: build it, then put the stored parts in."""
+    blobs = hub_blobs(folder)
+    if (folder / WEIGHTS).exists():
+        paths: tuple[Path, ...] = (contained(folder, WEIGHTS, allow_symlinks_into=blobs),)
+    else:
+        paths = check_shard_index(folder / INDEX, allow_symlinks_into=blobs)
+    with quiet(progress):
+        config = read_config(folder, raw, trust=False)
+        require_causal(config, str(folder))
+        # What it says is for lmopt; transformers knows no such method.
+        del config.quantization_config
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        stated = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+        with no_init_weights():
+            module = kind._from_config(config, dtype=stated)
+        load_state(module, quantized, paths, str(folder))
+        if (folder / "generation_config.json").exists():
+            module.generation_config = transformers.GenerationConfig.from_pretrained(
+                folder, local_files_only=True
+            )
+        tokenizer = load_tokenizer(folder, trust=False)
     return from_transformers(module, tokenizer)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lmopt.backends.torch.attention import own_attention
 from lmopt.backends.torch.language_model import device_of, is_transformers
+from lmopt.backends.torch.pages import give_back
 from lmopt.errors import EngineError
 from lmopt.types import FloatArray, IntArray
 
@@ -61,6 +62,10 @@ class FullForward:
                 place += piece.shape[1]
                 turn += 1
             return _numpy((torch.cat(parts).float() - whole[0].float()).abs().amax(-1))
+
+    def give_back(self) -> int:
+        """Give back memory that is not in use until the next call; see `lmopt.backends.torch.pages`."""
+        return give_back(self._module)
 
     def _row(self, ids: IntArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(ids, np.int64))[None].to(self._device)

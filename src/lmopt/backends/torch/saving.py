@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,10 @@ from lmopt.artifact import Artifact, publish
 from lmopt.backends.torch.description import Loaded
 from lmopt.backends.torch.language_model import is_transformers
 from lmopt.backends.torch.loading import quiet
-from lmopt.backends.torch.trust import WEIGHTS
+from lmopt.backends.torch.quantized import quantized_parts
+from lmopt.backends.torch.quantized_files import load_state, save_state
+from lmopt.backends.torch.quantizing import describe, stored_bytes
+from lmopt.backends.torch.trust import CONFIG, WEIGHTS
 from lmopt.errors import ArtifactNotFoundError, CorruptArtifactError
 
 FORMAT: Final = "safetensors"
@@ -39,32 +42,75 @@ def write_weights(module: nn.Module, staging: Path) -> dict[str, Any]:
         What the manifest says of the format `"safetensors"`.
     """
     dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in module.state_dict().values()})
-    entry = {"class": type(module).__name__, "dtypes": dtypes}
-    if is_transformers(module):
+    entry: dict[str, Any] = {"class": type(module).__name__, "dtypes": dtypes}
+    quantization = describe(module)
+    if quantization:
+        save_state(module, staging / WEIGHTS)
+    if quantization and is_transformers(module):
+        _write_config(module, staging, quantization)
+        entry["library"] = "transformers"
+    elif is_transformers(module):
         with quiet():
             # Any: nn.Module's attributes are tensors or modules to a type checker.
             model: Any = module
             model.save_pretrained(staging)
         entry["library"] = "transformers"
     else:
-        save_model(module, str(staging / WEIGHTS))
+        if quantization:
+            entry["quantization"] = quantization
+        else:
+            save_model(module, str(staging / WEIGHTS))
         entry["library"] = "custom"
     return entry
 
 
-def save(loaded: Loaded, target: Path, *, source: str, overwrite: bool) -> Artifact:
+def _write_config(module: Any, staging: Path, quantization: Mapping[str, Any]) -> None:
+    """Write transformers' files of a model, with what is said of its quantized parts."""
+    with quiet():
+        module.config.save_pretrained(staging)
+        if module.can_generate():
+            module.generation_config.save_pretrained(staging)
+    path = staging / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # transformers itself writes both fields only when it saves weights too.
+    config["architectures"] = [type(module).__name__]
+    config["quantization_config"] = quantization
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save(
+    loaded: Loaded,
+    target: Path,
+    *,
+    source: str,
+    overwrite: bool,
+    recipe: Sequence[Mapping[str, Any]] = (),
+    report: Mapping[str, Any] | None = None,
+) -> Artifact:
     """Publish a model as an lmopt artefact in Hugging Face layout.
+
+    Args:
+        loaded: The model.
+        target: Folder to create.
+        source: Name of what it was made of.
+        overwrite: Replace an artefact that is there.
+        recipe: Steps by which it was compressed, for the manifest.
+        report: What these cost, for the manifest.
 
     Raises:
         ArtifactExistsError: The target holds something that may not be replaced.
         DiskFullError: The disk cannot hold it.
     """
-    needed = sum(one.numel() * one.element_size() for one in loaded.module.parameters())
+    needed = stored_bytes(loaded.module)
     with publish(target, overwrite=overwrite, needed=needed) as draft:
         draft.manifest["formats"] = {FORMAT: write_weights(loaded.module, draft.path)}
         if loaded.tokenizer is not None:
             loaded.tokenizer.save(draft.path)
         draft.manifest["model"] = asdict(loaded.facts)
+        if recipe:
+            draft.manifest["recipe"] = {"steps": list(recipe)}
+        if report is not None:
+            draft.manifest["measurements"] = {**draft.manifest.get("measurements", {}), "compression": report}
         draft.manifest["source"] = {"name": source, "fingerprint": fingerprint(loaded.module, loaded.config)}
         draft.manifest["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     return Artifact.open(target, verify=False)
@@ -84,6 +130,10 @@ def load_weights(module: nn.Module, folder: Path) -> None:
             f"{folder} holds {', '.join(artifact.formats) or 'no format'}, no {FORMAT} weights. "
             f"Save them: model.save_pretrained(...)"
         )
+    quantization = artifact.manifest["formats"][FORMAT].get("quantization")
+    if quantization:
+        load_state(module, quantization, [artifact.file(WEIGHTS)], str(folder))
+        return
     try:
         load_model(module, str(artifact.file(WEIGHTS)))
     except (RuntimeError, SafetensorError) as error:
@@ -113,6 +163,9 @@ def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
     if not is_transformers(module):
         for path, part in module.named_modules():
             whole.update(f"\n{path} {_settings(part)}".encode() + _code(part))
+    for path, part in quantized_parts(module).items():
+        # Bytes alone do not tell 4-bit codes in groups of 32 from 8-bit codes in groups of 16.
+        whole.update(f"\n{path} {part.grid}".encode())
     for (name, tensor), digest in zip(state, digests, strict=True):
         whole.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + digest)
     return whole.hexdigest()

@@ -1,0 +1,78 @@
+"""Let a norm add the residual that it reads: one operator for an Add and the norm behind it."""
+
+from typing import Final
+
+import onnx_ir as ir
+
+from lmopt.backends.torch.fused.edits import Edits
+from lmopt.backends.torch.fused.operators import MICROSOFT
+
+_WITH_SKIP: Final = {
+    "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
+    "LayerNormalization": "SkipLayerNormalization",
+}
+_SUM: Final = 3
+
+
+def join_skips(edits: Edits) -> None:
+    """Replace each Add of two whole hidden states whose sum a norm reads."""
+    for norm in list(edits.graph):
+        if norm.op_type not in _WITH_SKIP:
+            continue
+        total = norm.inputs[0]
+        assert total is not None
+        add = total.producer()
+        if add is None or add.op_type != "Add" or not _is_residual(add):
+            continue
+        left, right = add.inputs
+        # The norm stands where the Add stood, before any other reader of the sum.
+        left, right, bias = _take_bias(edits, left, right)
+        weights = [*norm.inputs[1:]]
+        if norm.op_type == "LayerNormalization" and bias is not None and len(weights) == 1:
+            weights.append(None)
+        joined = edits.node(
+            _WITH_SKIP[norm.op_type],
+            [left, right, *weights] if bias is None else [left, right, *weights, bias],
+            add,
+            domain=MICROSOFT,
+            outputs=_SUM + 1,
+            epsilon=norm.attributes["epsilon"].as_float(),
+        )
+        joined.outputs[1].name = joined.outputs[2].name = ""
+        edits.replace(norm.outputs[0], joined.outputs[0])
+        edits.graph.remove(norm, safe=True)
+        edits.replace(total, joined.outputs[_SUM])
+        edits.graph.remove(add, safe=True)
+
+
+def _is_residual(add: ir.Node) -> bool:
+    """Say whether an Add joins two values of its own full shape, `(batch, sequence, hidden)`."""
+    shapes = [value.shape for value in (*add.inputs, add.outputs[0]) if value is not None]
+    whole = shapes[-1]
+    return (
+        whole is not None
+        and len(whole) == 3
+        and all(one is not None and list(one) == list(whole) for one in shapes)
+        and not any(value is not None and value.const_value is not None for value in add.inputs)
+    )
+
+
+def _take_bias(
+    edits: Edits, left: ir.Value | None, right: ir.Value | None
+) -> tuple[ir.Value | None, ir.Value | None, ir.Value | None]:
+    """Take the bias off one linear that nothing else reads: the norm adds it as well."""
+    for value, other in ((right, left), (left, right)):
+        linear = value.producer() if value is not None else None
+        if (
+            linear is not None
+            and (linear.domain, linear.op_type) == ("lmopt", "Linear")
+            and len(linear.inputs) == 3
+            and len(list(linear.outputs[0].uses())) == 1
+        ):
+            bare = edits.node("Linear", linear.inputs[:2], linear, domain="lmopt", like=linear)
+            bare.outputs[0].shape, bare.outputs[0].type = linear.outputs[0].shape, linear.outputs[0].type
+            for path in [path for path, shown in edits.taps.items() if shown is linear.outputs[0]]:
+                # What the module returned, bias and all, is no value of the graph any more.
+                del edits.taps[path]
+            return other, bare.outputs[0], linear.inputs[2]
+    return left, right, None

@@ -1,0 +1,117 @@
+"""What both dialects do with a graph that torch has traced: names, a tidy up, and taps."""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+
+from lmopt.errors import ExportError
+from lmopt.signature import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, Signature
+from lmopt.types import BATCH, PAST, SEQUENCE, TOTAL, TensorSpec
+
+
+def name_boundary(model: ir.Model, signature: Signature, more_inputs: Sequence[TensorSpec] = ()) -> None:
+    """Give inputs and outputs the field's names and true axes.
+
+    torch writes sizes of the sample into some output shapes (those of an LSTM, for one), so the
+    axes come from the signature.
+
+    Args:
+        model: Its inputs are ids, mask, positions and state, as far as the signature has them.
+        signature: Names and axes.
+        more_inputs: Inputs that come after these.
+
+    Raises:
+        ExportError: An input does not reach the result.
+    """
+    inputs = [TensorSpec(INPUT_IDS, "int64", (BATCH, SEQUENCE))]
+    if signature.has_mask:
+        inputs.append(TensorSpec(ATTENTION_MASK, "int64", (BATCH, TOTAL)))
+    if signature.has_positions:
+        inputs.append(TensorSpec(POSITION_IDS, "int64", (BATCH, SEQUENCE)))
+    inputs += [*(one.past for one in signature.state), *more_inputs]
+    after = [
+        TensorSpec(
+            one.present, one.past.dtype, tuple(TOTAL if axis == PAST else axis for axis in one.past.shape)
+        )
+        for one in signature.state
+    ]
+    dtype = model.graph.outputs[0].dtype
+    assert dtype is not None
+    outputs = [TensorSpec(LOGITS, dtype.numpy().name, (BATCH, SEQUENCE, signature.vocab_size)), *after]
+    graph = model.graph
+    if len(graph.inputs) != len(inputs) or len(graph.outputs) != len(outputs):
+        raise ExportError(
+            f"the traced graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, expected "
+            f"{len(inputs)} and {len(outputs)}: an input does not reach the result (does the module use its "
+            "state?)"
+        )
+    # A value may be input and output at once (a state that is handed through): give outputs their own.
+    passes.OutputFixPass()(model)
+    taken = {spec.name for spec in [*inputs, *outputs]}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in taken:
+                value.name = f"{value.name}_inner"
+    for value, spec in zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True):
+        value.name = spec.name
+        value.shape = ir.Shape(spec.shape)
+
+
+def fold(model: ir.Model) -> None:
+    """Compute what is constant."""
+    optimizer.fold_constants(model, input_size_limit=2**12, output_size_limit=2**31)
+
+
+def tidy(model: ir.Model) -> None:
+    """Merge what is equal, drop what is unused."""
+    for step in (
+        passes.IdentityEliminationPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=False),
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        step(model)
+    boundary = {id(value) for value in [*model.graph.inputs, *model.graph.outputs]}
+    for node in model.graph:
+        for value in node.outputs:
+            if id(value) not in boundary:
+                value.shape = None
+    model.producer_name, model.producer_version = "lmopt", ""
+    model.graph.name = "decoder"
+
+
+def find_taps(model: ir.Model) -> dict[str, ir.Value]:
+    """Map each module's path to the value that it hands on, in order of computation.
+
+    That is the last value of the module's own that an operator outside of it reads; a state that
+    only leaves the graph does not count.
+    """
+    inside = {id(node): set(_module_paths(node)) for node in model.graph}
+    found: dict[str, ir.Value] = {}
+    for node in model.graph:
+        for path in _module_paths(node):
+            for value in node.outputs:
+                readers = [inside.get(id(use.node), set()) for use in value.uses()]
+                if value is model.graph.outputs[0] or any(path not in reader for reader in readers):
+                    found.pop(path, None)
+                    found[path] = value
+    return found
+
+
+def shown_taps(model: ir.Model, taps: dict[str, ir.Value]) -> list[list[str]]:
+    """List the taps whose value the graph still computes, as the manifest records them."""
+    produced = {id(value) for node in model.graph for value in node.outputs}
+    return [[path, value.name or ""] for path, value in taps.items() if id(value) in produced]
+
+
+def _module_paths(node: ir.Node) -> list[str]:
+    """Read the paths of the modules that a node stands in out of torch's note on it."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    found = [scope.strip(" '\"") for scope in scopes.strip("[]").split(",")][:-1]
+    # The wrapper that is traced calls the module itself `module`.
+    return [scope.removeprefix("module.") for scope in found if scope.startswith("module.")]

@@ -1,0 +1,212 @@
+"""Find the weights of a module that can be quantized, and make a copy in which they are."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmopt.backends.torch.language_model import is_transformers
+from lmopt.backends.torch.quantized import Quantized, QuantizedEmbedding, QuantizedLinear, quantized_parts
+from lmopt.compression.layout import QuantizedArray
+from lmopt.errors import InputError, UnsupportedOptionError
+from lmopt.types import FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight that can be quantized.
+
+    Attributes:
+        path: Module that holds it.
+        part: `"linear"`, `"embedding"` or `"head"`.
+        tied: Path of the module that holds the same weight and comes first, `None` for the first.
+    """
+
+    path: str
+    part: Literal["linear", "embedding", "head"]
+    tied: str | None = None
+
+
+def find_weights(module: nn.Module, vocab_size: int) -> list[Weight]:
+    """List linears, the token embedding and the head, in the module's order.
+
+    Args:
+        module: A transformers model or a module of one's own.
+        vocab_size: Width of the logits; in a module of one's own, a linear with as many outputs is the head.
+    """
+    embedding = head = None
+    if is_transformers(module):
+        # Any: nn.Module's attributes are tensors or modules to a type checker.
+        model: Any = module
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    found: list[Weight] = []
+    first: dict[int, str] = {}
+    for path, part in module.named_modules():
+        kind: Literal["linear", "embedding", "head"]
+        if type(part) is nn.Embedding:
+            if part is not embedding and (embedding is not None or part.num_embeddings != vocab_size):
+                continue
+            kind = "embedding"
+        elif type(part) is nn.Linear or _is_conv1d(part):
+            is_head = part is head or (head is None and _matrix(part).shape[0] == vocab_size)
+            kind = "head" if is_head else "linear"
+        else:
+            continue
+        holder: Any = part
+        found.append(Weight(path, kind, first.get(holder.weight.data_ptr())))
+        first.setdefault(holder.weight.data_ptr(), path)
+    return found
+
+
+def replace_weights(
+    module: nn.Module,
+    weights: list[Weight],
+    quantize: Callable[[Weight, FloatArray], QuantizedArray | None],
+) -> nn.Module:
+    """Copy a module with quantized parts in place of some; the module itself is left as it is.
+
+    Args:
+        module: The module.
+        weights: From `find_weights`.
+        quantize: Gives the quantized weight, `(out, in)`, or `None` to leave it. Asked once for weights
+            that are tied.
+
+    Raises:
+        InputError: A weight is not finite.
+        UnsupportedOptionError: Of two tied weights one would be quantized and one not.
+    """
+    parts = dict(module.named_modules())
+    made: dict[str, Quantized | None] = {}
+    for weight in weights:
+        part: Any = parts[weight.path]
+        first = weight.tied or weight.path
+        if weight.tied is None:
+            matrix: FloatArray = _matrix(part).detach().float().cpu().numpy()
+            if not np.isfinite(matrix).all():
+                raise InputError(f"{weight.path} holds NaN or infinity: the model is damaged already")
+            array = quantize(weight, np.ascontiguousarray(matrix))
+        else:
+            source = made[first]
+            array = None if source is None else source.array()
+        made[weight.path] = None if array is None else _part(part, array).to(part.weight.device)
+        new = made[weight.path]
+        if weight.tied is not None and new is not None:
+            source = made[first]
+            assert source is not None
+            new.share(source)
+    # Handing the new parts to the copier keeps it from copying the old ones.
+    memo: dict[int, Any] = {id(parts[path]): part for path, part in made.items() if part is not None}
+    copied: nn.Module = copy.deepcopy(module, memo)
+    return copied.eval()
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of a module's weights, shared ones once."""
+    seen: dict[int, int] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """Say which parts of a module are quantized and how: the `quantization_config` of `config.json`.
+
+    Returns:
+        `{"quant_method": "lmopt", "version": 1, "parts": {path: {...}}}`; empty without such parts.
+    """
+    first: dict[int, str] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    for path, part in quantized_parts(module).items():
+        grid = part.grid
+        entry: dict[str, Any] = {
+            "kind": "embedding" if isinstance(part, QuantizedEmbedding) else "linear",
+            "rows": grid.rows, "columns": grid.columns, "bits": grid.bits, "group_size": grid.group_size,
+            "zero": grid.zero,
+        }  # fmt: skip
+        key = part.codes.data_ptr()
+        if key in first:
+            entry["tied_to"] = first[key]
+        first.setdefault(key, path)
+        parts[path] = entry
+    return {"quant_method": "lmopt", "version": 1, "parts": parts} if parts else {}
+
+
+def set_part(module: nn.Module, path: str, part: nn.Module) -> None:
+    """Put a part in the place of another."""
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, part)
+
+
+def substitute(old: nn.Module, array: QuantizedArray) -> Quantized:
+    """Make the quantized part that takes the place of a linear or an embedding.
+
+    Raises:
+        UnsupportedOptionError: The old part is of another kind or size.
+    """
+    if type(old) is not nn.Embedding and type(old) is not nn.Linear and not _is_conv1d(old):
+        raise UnsupportedOptionError(
+            f"a {type(old).__name__} cannot be quantized; linears and embeddings can"
+        )
+    expected = tuple(_matrix(old).shape)
+    if expected != (array.grid.rows, array.grid.columns):
+        raise UnsupportedOptionError(
+            f"the quantized weight is {array.grid.rows} x {array.grid.columns}, the part takes {expected}"
+        )
+    return _part(old, array)
+
+
+def _part(old: Any, array: QuantizedArray) -> Quantized:
+    if isinstance(old, nn.Embedding):
+        return QuantizedEmbedding(array, old.weight.dtype, old.padding_idx)
+    return QuantizedLinear(array, old.bias)
+
+
+def _matrix(part: Any) -> Tensor:
+    """The weight as `(out, in)`."""
+    weight: Tensor = part.weight
+    return weight.t() if _is_conv1d(part) else weight
+
+
+def _is_conv1d(part: nn.Module) -> bool:
+    """Say whether a part is GPT-2's linear, which stores its weight the other way round."""
+    return type(part).__name__ == "Conv1D" and type(part).__module__ == "transformers.pytorch_utils"
+
+
+def quantize_module(module: nn.Module, step: Any, vocab_size: int) -> nn.Module:
+    """Apply a `lmopt.compression.Quantize` step to a copy of a module.
+
+    Raises:
+        UnsupportedOptionError: An override matches nothing, tied weights would be quantized differently,
+            or there is nothing to quantize.
+    """
+    weights = find_weights(module, vocab_size)
+    step.check_names([one.path for one in weights])
+    forms: Mapping[str, Any] = {one.path: step.form(one.path, one.part) for one in weights}
+    for one in weights:
+        if one.tied is not None and forms[one.path] != forms[one.tied]:
+            raise UnsupportedOptionError(
+                f"{one.path} and {one.tied} are one weight (tied); the step asks for {_told(forms[one.path])} and "
+                f"{_told(forms[one.tied])}. Give both the same: Quantize(embedding=8, head=8)"
+            )
+    if not any(forms.values()):
+        raise UnsupportedOptionError(
+            f"{type(module).__name__} has no linear or embedding that this step would quantize"
+            + (" (its weights are quantized already)" if quantized_parts(module) else "")
+        )
+
+    def round_off(one: Weight, matrix: FloatArray) -> QuantizedArray | None:
+        found: QuantizedArray | None = (
+            step.apply(matrix, forms[one.path], one.path) if forms[one.path] else None
+        )
+        return found
+
+    with torch.no_grad():
+        return replace_weights(module, weights, round_off)
+
+
+def _told(form: Any) -> str:
+    return "float" if form is None else f"{form.bits} bits in groups of {form.group_size}"
