@@ -1,0 +1,1 @@
+"""What the benchmarks share: programs to time, how to time them, and how to show it."""
