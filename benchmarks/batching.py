@@ -10,12 +10,12 @@ Peers are in `generation.py --batch 8`.
 
 import argparse
 import json
-import time
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness.requests import request_lap
 from harness.texts import Workload
 
 import lmopt
@@ -25,18 +25,6 @@ from lmopt.evaluation import Figure, Lap, Speed
 from lmopt.evaluation.speed import random_prompts
 from lmopt.generation import GenerationConfig
 from lmopt.platform import machine
-
-
-def lap(runtime: lmopt.Runtime, prompts: Sequence[Sequence[int]], new_tokens: int) -> Lap:
-    """Generate once, all prompts in one call."""
-    stamps: list[list[int]] = [[] for _ in prompts]
-    start = time.perf_counter_ns()
-    found = runtime.generate(
-        prompts,
-        GenerationConfig(max_new_tokens=new_tokens),
-        on_token=lambda token: stamps[token.prompt].append(time.perf_counter_ns() - start),
-    )
-    return Lap(tuple(map(len, prompts)), np.array([one.token_ids for one in found]), np.array(stamps))
 
 
 def run(runtime: lmopt.Runtime, *, batch: int, new_tokens: int, rounds: int) -> dict[str, Any]:
@@ -52,6 +40,7 @@ def run(runtime: lmopt.Runtime, *, batch: int, new_tokens: int, rounds: int) -> 
         `together` (`Speed` as plain values), `one_by_one` and `ratio` (`Figure`s of total tokens/s), and
         `rows_that_differ`.
     """
+    config = GenerationConfig(max_new_tokens=new_tokens)
     longest = min(128, (runtime.facts.context_length or 1024) - new_tokens)
     lengths = Workload("", longest, new_tokens, batch).lengths
     together: list[Lap] = []
@@ -61,10 +50,10 @@ def run(runtime: lmopt.Runtime, *, batch: int, new_tokens: int, rounds: int) -> 
         prompts = [row.tolist() for row in random_prompts(runtime.facts, lengths, seed=number)]
 
         def batched(prompts: list[list[int]] = prompts) -> None:
-            together.append(lap(runtime, prompts, new_tokens))
+            together.append(request_lap(runtime, prompts, config))
 
         def one_by_one(prompts: list[list[int]] = prompts) -> list[Any]:
-            laps = [lap(runtime, [prompt], new_tokens) for prompt in prompts]
+            laps = [request_lap(runtime, [prompt], config) for prompt in prompts]
             alone.append(batch * new_tokens / sum(one.first_token_s + one.decode_s for one in laps))
             return [one.tokens[0] for one in laps]
 
@@ -79,16 +68,11 @@ def run(runtime: lmopt.Runtime, *, batch: int, new_tokens: int, rounds: int) -> 
     totals = [one.tokens.size / (one.first_token_s + one.decode_s) for one in together[1:]]
     return {
         "together": speed.to_dict(),
-        "one_by_one": _plain(alone[1:]),
-        "ratio": _plain([a / b for a, b in zip(totals, alone[1:], strict=True)]),
+        "one_by_one": asdict(Figure.of(alone[1:])),
+        "ratio": asdict(Figure.of([a / b for a, b in zip(totals, alone[1:], strict=True)])),
         "rows_that_differ": differ,
         "rows": batch * (rounds + 1),
     }
-
-
-def _plain(values: Sequence[float]) -> dict[str, float]:
-    found = Figure.of(values)
-    return {"median": found.median, "least": found.least, "most": found.most}
 
 
 def main() -> None:

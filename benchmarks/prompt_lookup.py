@@ -16,12 +16,12 @@ first and the last token.
 import argparse
 import json
 import sys
-import time
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness.requests import request_lap
 
 import lmopt
 from lmopt.artifact import cache_folder
@@ -73,16 +73,6 @@ def workloads(
     }
 
 
-def lap(runtime: lmopt.Runtime, prompt: Sequence[int], config: GenerationConfig) -> Lap:
-    """Generate once."""
-    stamps: list[int] = []
-    start = time.perf_counter_ns()
-    found = runtime.generate(
-        prompt, config, on_token=lambda token: stamps.append(time.perf_counter_ns() - start)
-    )
-    return Lap((len(prompt),), np.array([found.token_ids]), np.array([stamps]))
-
-
 def run(
     runtime: lmopt.Runtime, text: str, *, tokens: int, new_tokens: int, rounds: int, passage_tokens: int = 140
 ) -> dict[str, Any]:
@@ -107,16 +97,15 @@ def run(
         for number, prompt in enumerate(prompts):
             ways = [("without", plain), ("with", lookup)]
             for way, config in ways if number % 2 else ways[::-1]:
-                laps[way].append(lap(runtime, prompt, config))
+                laps[way].append(request_lap(runtime, [prompt], config))
             if not np.array_equal(laps["without"][-1].tokens, laps["with"][-1].tokens):
                 raise SystemExit(
                     f"{name}, prompt {number}: lookup changed the tokens, so there is nothing to report"
                 )
         ratios = [a.decode_s / b.decode_s for a, b in zip(laps["without"][1:], laps["with"][1:], strict=True)]
-        ratio = Figure.of(ratios)
         found[name] = {
             **{way: Speed.of(all_laps[1:]).to_dict() for way, all_laps in laps.items()},
-            "ratio": {"median": ratio.median, "least": ratio.least, "most": ratio.most},
+            "ratio": asdict(Figure.of(ratios)),
         }
     return found
 

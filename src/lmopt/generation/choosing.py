@@ -21,11 +21,7 @@ def give(rows: list[Row], logits: FloatArray) -> list[Row]:
     Returns:
         The rows that were given a token.
     """
-    plain = True
-    for row in rows:
-        if row.processors or row.config.do_sample:
-            plain = False
-            break
+    plain = not any(row.processors or row.config.do_sample for row in rows)
     if plain:
         tokens = logits.argmax(axis=-1).tolist()
         # NaN and minus infinity, which `argmax` would return first or last, are not above.

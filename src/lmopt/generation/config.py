@@ -70,7 +70,7 @@ class GenerationConfig:
             far as it is what would have been chosen anyway. The tokens are the same as without, and
             come sooner where the output repeats the prompt (quoting, editing, code). It pauses by
             itself where it does not pay; an engine that cannot rewind decodes plainly.
-        max_matching_ngram_size: Most tokens that must have occurred before; 2 where `None`.
+        max_matching_ngram_size: Most tokens that must have occurred before; 3 where `None`.
 
     Raises:
         UnsupportedOptionError: A value has the wrong type or range, or two contradict each other.

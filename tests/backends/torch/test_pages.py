@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmopt.backends.torch import pages
+from lmopt import mappings
 from lmopt.backends.torch.pages import give_back
 from lmopt.evaluation import resident_memory_bytes
 
@@ -82,6 +82,6 @@ def test_where_the_system_does_not_tell_nothing_is_done(
     if reason == "another system":
         monkeypatch.setattr(sys, "platform", "darwin")
     else:
-        monkeypatch.setattr(pages, "_MAPS", Path(os.devnull) / "none")
+        monkeypatch.setattr(mappings, "_MAPS", Path(os.devnull) / "none")
     assert give_back(module) == 0
     assert module.total() == 7 * SIZE

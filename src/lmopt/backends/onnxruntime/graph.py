@@ -1,16 +1,15 @@
 """An exported graph that is open: its session, what it is, and the values inside it that can be shown."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
 
-from lmopt.backends.onnxruntime.mapped import forget_mapped_pages
 from lmopt.backends.onnxruntime.session import SessionSettings, create_session, ort
 from lmopt.contracts import ArtifactView, EngineReport, EngineRequest
 from lmopt.errors import ClosedError, EngineError, InputError, NotInstalledError, UnsupportedError
+from lmopt.mappings import forget_files
 from lmopt.registry import pip_line
 from lmopt.signature import LOGITS, LOGITS_TO_KEEP, Signature, check_step
 from lmopt.types import AnyArray, IntArray, TensorSpec
@@ -49,7 +48,6 @@ class Graph:
         self._artifact: ArtifactView = request.artifact
         self._format: Mapping[str, Any] = request.artifact.manifest["formats"]["onnx"]
         self._settings = settings
-        self._lock = threading.Lock()
         self._session: ort.InferenceSession | None = self._load()
         self.run_options = ort.RunOptions()
         # Of graph capture on a GPU, and off; onnxruntime's Python asks for it in each run, and where it is not
@@ -81,8 +79,9 @@ class Graph:
                     one.result()  # a damaged file explains more than what onnxruntime makes of it
                 raise
             paths = [one.result() for one in verified]
-        # Kernels have laid their weights out anew by now: what they were read from is not needed again.
-        forget_mapped_pages(paths)
+        # Most kernels have laid their weights out anew by now, and of a matrix that is looked up as well, as a
+        # tied embedding is, a text reads a few rows.
+        forget_files(paths)
         return session
 
     def session(self) -> "ort.InferenceSession":
@@ -104,10 +103,8 @@ class Graph:
 
     def close(self) -> None:
         """Let go of the session, and stop runs that are inside it after the operator they are at."""
-        with self._lock:
-            if self._session is not None:
-                self.run_options.terminate = True
-                self._session = None
+        self.run_options.terminate = True
+        self._session = None
 
     def report(self, **details: Any) -> EngineReport:
         """Say which provider computes, with how many threads."""

@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from lmopt.backends.torch.description import Loaded, from_transformers
-from lmopt.backends.torch.quantized_files import METHOD, load_state
+from lmopt.backends.torch.quantized_files import load_state
+from lmopt.backends.torch.quantizing import METHOD
 from lmopt.backends.torch.tokenizer import load_tokenizer
 from lmopt.backends.torch.trust import INDEX, WEIGHTS, check_folder
 from lmopt.errors import (

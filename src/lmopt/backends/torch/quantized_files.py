@@ -15,12 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lmopt.backends.torch.quantized import STORED, Quantized
-from lmopt.backends.torch.quantizing import set_part, substitute
+from lmopt.backends.torch.quantizing import VERSION, set_part, substitute
 from lmopt.compression.layout import Grid, QuantizedArray
 from lmopt.errors import CorruptArtifactError, UnsupportedError, UnsupportedOptionError
 
-METHOD: Final = "lmopt"
-VERSION: Final = 1
 _SIZES: Final = ("rows", "columns", "bits", "group_size")
 
 
@@ -116,7 +114,7 @@ def _array(path: str, entry: Mapping[str, Any], tensors: dict[str, Tensor], wher
         tensor = tensors.pop(f"{path}.{stored}", None)
         if tensor is None:
             raise CorruptArtifactError(f"{where} has no {stored}: the files are incomplete, get a fresh copy")
-        if stored in STORED and str(tensor.dtype) not in {"torch.uint8", "torch.float32"}:
+        if str(tensor.dtype) not in {"torch.uint8", "torch.float32"}:
             raise CorruptArtifactError(f"{stored} of {where} is {tensor.dtype}; expected uint8 or float32")
         found[stored] = np.asarray(tensor.numpy())
     try:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,11 @@ from lmopt.backends.torch.quantized import Quantized, QuantizedEmbedding, Quanti
 from lmopt.compression.layout import QuantizedArray
 from lmopt.errors import InputError, UnsupportedOptionError
 from lmopt.types import FloatArray
+
+METHOD: Final = "lmopt"
+"""`quant_method` in `config.json`, by which a folder says that lmopt wrote its quantized parts."""
+VERSION: Final = 1
+"""Version of what is said of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +88,16 @@ def replace_weights(
     made: dict[str, Quantized | None] = {}
     for weight in weights:
         part: Any = parts[weight.path]
-        first = weight.tied or weight.path
+        source = None if weight.tied is None else made[weight.tied]
         if weight.tied is None:
             matrix: FloatArray = _matrix(part).detach().float().cpu().numpy()
             if not np.isfinite(matrix).all():
                 raise InputError(f"{weight.path} holds NaN or infinity: the model is damaged already")
             array = quantize(weight, np.ascontiguousarray(matrix))
         else:
-            source = made[first]
             array = None if source is None else source.array()
-        made[weight.path] = None if array is None else _part(part, array).to(part.weight.device)
-        new = made[weight.path]
-        if weight.tied is not None and new is not None:
-            source = made[first]
-            assert source is not None
-            new.share(source)
+        new = None if array is None else _part(part, array).to(part.weight.device)
+        made[weight.path] = new if new is None or source is None else new.share(source)
     # Handing the new parts to the copier keeps it from copying the old ones.
     memo: dict[int, Any] = {id(parts[path]): part for path, part in made.items() if part is not None}
     copied: nn.Module = copy.deepcopy(module, memo)
@@ -132,7 +132,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
             entry["tied_to"] = first[key]
         first.setdefault(key, path)
         parts[path] = entry
-    return {"quant_method": "lmopt", "version": 1, "parts": parts} if parts else {}
+    return {"quant_method": METHOD, "version": VERSION, "parts": parts} if parts else {}
 
 
 def set_part(module: nn.Module, path: str, part: nn.Module) -> None:

@@ -44,23 +44,20 @@ def write_weights(module: nn.Module, staging: Path) -> dict[str, Any]:
     dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in module.state_dict().values()})
     entry: dict[str, Any] = {"class": type(module).__name__, "dtypes": dtypes}
     quantization = describe(module)
+    entry["library"] = "transformers" if is_transformers(module) else "custom"
     if quantization:
         save_state(module, staging / WEIGHTS)
-    if quantization and is_transformers(module):
-        _write_config(module, staging, quantization)
-        entry["library"] = "transformers"
+        if is_transformers(module):
+            _write_config(module, staging, quantization)
+        else:
+            entry["quantization"] = quantization
     elif is_transformers(module):
         with quiet():
             # Any: nn.Module's attributes are tensors or modules to a type checker.
             model: Any = module
             model.save_pretrained(staging)
-        entry["library"] = "transformers"
     else:
-        if quantization:
-            entry["quantization"] = quantization
-        else:
-            save_model(module, str(staging / WEIGHTS))
-        entry["library"] = "custom"
+        save_model(module, str(staging / WEIGHTS))
     return entry
 
 

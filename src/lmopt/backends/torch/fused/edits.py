@@ -1,6 +1,6 @@
 """Small edits of a graph that all steps after the trace share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,12 @@ def share_equal(graph: ir.Graph) -> None:
         first.setdefault(key, value)
 
 
-def attributes_of(node: ir.Node, without: Mapping[str, Any] | Sequence[str] = ()) -> tuple[Any, ...]:
+def is_linear(node: ir.Node) -> bool:
+    """Say whether a node is a linear as the trace leaves it, with a float weight."""
+    return (node.domain, node.op_type) == ("lmopt", "Linear")
+
+
+def attributes_of(node: ir.Node, without: Sequence[str]) -> tuple[Any, ...]:
     """Give a node's attributes as something that can be compared."""
     return tuple(
         sorted((name, str(one.value)) for name, one in node.attributes.items() if name not in without)

@@ -11,6 +11,7 @@ from lmopt.backends.torch.fused.finishing import finish_boundary, finish_linears
 from lmopt.backends.torch.fused.interface import route
 from lmopt.backends.torch.fused.layout import drop_idle
 from lmopt.backends.torch.fused.lower import FusedDecoder, check
+from lmopt.backends.torch.fused.operators import MICROSOFT
 from lmopt.backends.torch.fused.packing import cut_columns, pack
 from lmopt.backends.torch.fused.probe import probe
 from lmopt.backends.torch.fused.reason import InexpressibleError
@@ -80,6 +81,6 @@ def fused_graph(
     has_positions = any(value.name == POSITION_IDS for value in model.graph.inputs)
     signature = replace(signature, has_mask=True, has_positions=has_positions)
     name_boundary(model, signature, [TensorSpec(LOGITS_TO_KEEP, "int64", (1,))])
-    model.opset_imports["com.microsoft"] = _MICROSOFT_OPSET
+    model.opset_imports[MICROSOFT] = _MICROSOFT_OPSET
     model.opset_imports.pop("lmopt", None)
     return model, signature, edits.taps

@@ -5,7 +5,7 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 
-from lmopt.backends.torch.fused.edits import Edits, lazily
+from lmopt.backends.torch.fused.edits import Edits, is_linear, lazily
 from lmopt.backends.torch.fused.operators import MICROSOFT
 from lmopt.signature import ATTENTION_MASK, LOGITS_TO_KEEP
 
@@ -20,7 +20,7 @@ def finish_linears(edits: Edits) -> None:
     """
     turned: dict[ir.Value, ir.Value] = {}
     for node in list(edits.graph):
-        if (node.domain, node.op_type) != ("lmopt", "Linear"):
+        if not is_linear(node):
             continue
         x, weight, *rest = node.inputs
         assert weight is not None
@@ -28,7 +28,7 @@ def finish_linears(edits: Edits) -> None:
         tensor = weight.const_value
         if node.attributes["stored_transposed"].as_int():
             product = edits.node("MatMul", [x, weight], node)
-        elif any((use.node.domain, use.node.op_type) != ("lmopt", "Linear") for use in weight.uses()):
+        elif not all(is_linear(use.node) for use in weight.uses()):
             product = edits.node("FusedMatMul", [x, weight], node, domain=MICROSOFT, transB=1)
         else:
             if weight not in turned:

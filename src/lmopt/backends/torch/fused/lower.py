@@ -32,12 +32,15 @@ class FusedDecoder(nn.Module):
     Args:
         twin: From `twin_of`; its parts are changed.
         plan: From `probe`.
+
+    Attributes:
+        plan: What each part becomes.
     """
 
     def __init__(self, twin: nn.Module, plan: Plan) -> None:
         super().__init__()
         self.module = twin
-        self._plan = plan
+        self.plan = plan
         self._names: dict[int, str] = {}
         self._run: _Run | None = None
         parts = dict(twin.named_modules())
@@ -45,7 +48,8 @@ class FusedDecoder(nn.Module):
         for path in plan.linears:
             changed[path] = functools.partial(self._linear, path, parts[path], parts[path].forward)
         for path, norm in plan.norms.items():
-            changed[path] = functools.partial(self._norm, path, self._hold_norm(norm))
+            self._hold(norm.gain, norm.bias)
+            changed[path] = functools.partial(self._norm, path)
         for path, kind in plan.activations.items():
             changed[path] = functools.partial(activate, kind=kind)
         for path in plan.rotaries:
@@ -86,13 +90,8 @@ class FusedDecoder(nn.Module):
                 )
         finally:
             self._run = None
-        logits = last_tokens(result.logits) if self._plan.head is None else result.logits
+        logits = last_tokens(result.logits) if self.plan.head is None else result.logits
         return logits, [tensor for layer in sorted(run.present) for tensor in run.present[layer]]
-
-    @property
-    def plan(self) -> Plan:
-        """What each part becomes."""
-        return self._plan
 
     def held(self, tensor: Tensor) -> Tensor:
         """Give a tensor of the plan as the trace knows it: as a buffer of this module."""
@@ -104,26 +103,22 @@ class FusedDecoder(nn.Module):
                 self._names[id(one)] = name = f"held_{len(self._names)}"
                 self.register_buffer(name, one.detach(), persistent=False)
 
-    def _hold_norm(self, norm: Norm) -> Norm:
-        self._hold(norm.gain, norm.bias)
-        return norm
-
     def traced_norm(self, path: str) -> Norm:
         """Give a norm with its weights as the trace knows them."""
-        norm = self._plan.norms[path]
+        norm = self.plan.norms[path]
         bias = None if norm.bias is None else self.held(norm.bias)
         return replace(norm, gain=self.held(norm.gain), bias=bias)
 
     def _linear(self, path: str, part: nn.Module, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        facts = self._plan.linears[path]
-        if path == self._plan.head:
+        facts = self.plan.linears[path]
+        if path == self.plan.head:
             x = last_tokens(x)
         if facts.emits_itself:
             return self._note(path, own(x))
         weight, bias = cast("Tensor", part.weight), cast("Tensor | None", getattr(part, "bias", None))
         return self._note(path, linear(x, weight, bias, stored_transposed=facts.stored_transposed))
 
-    def _norm(self, path: str, norm: Norm, x: Tensor) -> Tensor:
+    def _norm(self, path: str, x: Tensor) -> Tensor:
         return self._note(path, normalize(x, self.traced_norm(path)))
 
     def _note(self, path: str, result: Tensor) -> Tensor:

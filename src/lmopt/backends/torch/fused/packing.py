@@ -10,7 +10,8 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from lmopt.backends.torch.fused.edits import Edits, attributes_of, lazily
+from lmopt.backends.torch.fused.edits import Edits, attributes_of, is_linear, lazily
+from lmopt.backends.torch.fused.operators import MICROSOFT
 from lmopt.types import AnyArray
 
 _QUANTIZED: Final = "MatMulNBits"
@@ -25,7 +26,7 @@ def cut_columns(edits: Edits) -> None:
         assert source is not None
         linear = source.producer()
         index = np.array(node.attributes["index"].as_ints())
-        if linear is None or not _is_linear(linear):
+        if linear is None or not _is_product(linear):
             gathered = edits.node("Gather", [source, edits.constant(index, "columns")], node, axis=-1)
             edits.replace(node.outputs[0], gathered.outputs[0])
             continue
@@ -38,12 +39,12 @@ def pack(edits: Edits) -> None:
     for node in list(edits.graph):
         if node.op_type == "GroupQueryAttention":
             linears = [value.producer() if value is not None else None for value in node.inputs[:3]]
-            if all(one is not None and _is_linear(one) for one in linears):
+            if all(one is not None and _is_product(one) for one in linears):
                 joined.add(id(_join(edits, [one for one in linears if one is not None])))
     groups: dict[tuple[object, ...], list[ir.Node]] = {}
     for node in edits.graph:
         # Attention reads its packed linear whole: nothing else may come into it.
-        if _is_linear(node) and id(node) not in joined and not _is_head(node):
+        if _is_product(node) and id(node) not in joined and not _is_head(node):
             groups.setdefault((id(node.inputs[0]), *_kind(node)), []).append(node)
     for members in groups.values():
         _join(edits, members)
@@ -82,8 +83,9 @@ def _feed_packed(node: ir.Node) -> None:
     node.replace_input_with(2, None)
 
 
-def _is_linear(node: ir.Node) -> bool:
-    return (node.domain, node.op_type) in {("lmopt", "Linear"), ("com.microsoft", _QUANTIZED)} and all(
+def _is_product(node: ir.Node) -> bool:
+    quantized = (node.domain, node.op_type) == (MICROSOFT, _QUANTIZED)
+    return (quantized or is_linear(node)) and all(
         value is None or value.const_value is not None for value in node.inputs[1:]
     )
 
@@ -152,7 +154,7 @@ def _build(edits: Edits, parts: list[tuple[ir.Node, AnyArray | None]], before: i
         shape = (width, *pieces[0][0].shape[1:])
         tensor = lazily(_stack(pieces), value.const_value, shape)
         inputs.append(edits.initializer(f"{value.name}.packed_{len(edits.graph.initializers)}", tensor))
-    changed = {"stored_transposed": 0} if like.op_type == "Linear" else {"N": width}
+    changed = {"stored_transposed": 0} if is_linear(like) else {"N": width}
     return edits.node(like.op_type, inputs, before, domain=like.domain, like=like, **changed)
 
 

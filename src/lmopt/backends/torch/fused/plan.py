@@ -123,7 +123,6 @@ class Plan:
         norms: Normalising parts by path.
         activations: Kinds of activation by path.
         rotaries: Paths of the parts that make rotary angles.
-        rotates_outside: Whether any rotation is left to the trace.
         head: Path of the part that makes the logits, where known.
     """
 
@@ -132,5 +131,4 @@ class Plan:
     norms: Mapping[str, Norm]
     activations: Mapping[str, str]
     rotaries: tuple[str, ...] = ()
-    rotates_outside: bool = False
     head: str | None = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lmopt.backends.torch.fused.evidence import find_activation, find_linear, find_norm
 from lmopt.backends.torch.fused.interface import PassingCache, watching
-from lmopt.backends.torch.fused.plan import Layer, Linear, Norm, Plan
+from lmopt.backends.torch.fused.plan import Layer, Linear, Norm, Plan, Rotary
 from lmopt.backends.torch.fused.reason import InexpressibleError
 from lmopt.backends.torch.fused.recording import AttentionCall, Recorder
 from lmopt.backends.torch.fused.rotary import RotaryTables, without_rotation
@@ -60,10 +60,7 @@ def probe(twin: Any, *, layers: int, vocabulary: int, context: int) -> Plan:
         found[one.layer] = _layer(one, bare, rotary, linears, norms)
     if outside:
         # One rotation that stays in the trace needs the angles, so all of them stay.
-        found = {
-            number: _layer(one, one, None, linears, norms)
-            for number, one in ((call.layer, call) for call in run.calls)
-        }
+        found = {one.layer: _layer(one, one, None, linears, norms) for one in run.calls}
     head = twin.get_output_embeddings()
     return Plan(
         layers=found,
@@ -71,7 +68,6 @@ def probe(twin: Any, *, layers: int, vocabulary: int, context: int) -> Plan:
         norms=norms,
         activations=activations,
         rotaries=() if outside else rotary_paths,
-        rotates_outside=outside,
         head=next((path for path, part in parts.items() if part is head and path in linears), None),
     )
 
@@ -129,7 +125,11 @@ def _classify(
 
 
 def _layer(
-    call: AttentionCall, bare: AttentionCall, rotary: Any, linears: dict[str, Linear], norms: dict[str, Norm]
+    call: AttentionCall,
+    bare: AttentionCall,
+    rotary: Rotary | None,
+    linears: dict[str, Linear],
+    norms: dict[str, Norm],
 ) -> Layer:
     options = call.options
     heads, head_dim = call.query.shape[1], call.query.shape[-1]

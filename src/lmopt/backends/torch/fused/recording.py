@@ -57,6 +57,7 @@ class Recorder:
     leaves: list[Seen] = field(default_factory=list)
     angles: list[AngleCall] = field(default_factory=list)
     windows: dict[int, int | None] = field(default_factory=dict)
+    _masks: list[Tensor] = field(default_factory=list)  # alive, so that no two have one address
 
     def mask(self, rule: MaskRule, query: Tensor) -> Tensor:
         """Find out the window of a mask; the tensor returned stands for it."""
@@ -64,8 +65,6 @@ class Recorder:
         self._masks.append(token)
         self.windows[token.untyped_storage().data_ptr()] = window_of(rule)
         return token
-
-    _masks: list[Tensor] = field(default_factory=list)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]

@@ -125,18 +125,12 @@ class RotaryTables:
             )
         cos, sin = cos[0], sin[0]
         half = cos.shape[1] // 2
-        compact = []
+        # Each angle is there twice, once for either of the entries that turn together, or once.
         if torch.equal(cos[:, :half], cos[:, half:]):
-            compact = [(cos[:, :half], sin[:, :half])]
+            cos, sin = cos[:, :half], sin[:, :half]
         elif torch.equal(cos[:, ::2], cos[:, 1::2]):
-            compact = [(cos[:, ::2], sin[:, ::2])]
-        else:
-            compact = [(cos, sin)]
-        return [
-            Rotary(c.contiguous(), s.contiguous(), interleaved)
-            for c, s in compact
-            for interleaved in (False, True)
-        ]
+            cos, sin = cos[:, ::2], sin[:, ::2]
+        return [Rotary(cos.contiguous(), sin.contiguous(), interleaved) for interleaved in (False, True)]
 
     def _at(self, call: AngleCall, positions: Tensor) -> tuple[Tensor, Tensor]:
         def put(value: Any) -> Any:

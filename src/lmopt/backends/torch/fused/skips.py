@@ -4,7 +4,7 @@ from typing import Final
 
 import onnx_ir as ir
 
-from lmopt.backends.torch.fused.edits import Edits
+from lmopt.backends.torch.fused.edits import Edits, is_linear
 from lmopt.backends.torch.fused.operators import MICROSOFT
 
 _WITH_SKIP: Final = {
@@ -65,7 +65,7 @@ def _take_bias(
         linear = value.producer() if value is not None else None
         if (
             linear is not None
-            and (linear.domain, linear.op_type) == ("lmopt", "Linear")
+            and is_linear(linear)
             and len(linear.inputs) == 3
             and len(list(linear.outputs[0].uses())) == 1
         ):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lmopt.backends.onnxruntime.mapped import _clean_mappings, forget_mapped_pages
+from lmopt.mappings import forget_files, unwritten
 
 SMAPS = """7f00-7f10 rw-p 00000000 fe:00 12   /a/model.onnx.data
 Size:                  4 kB
@@ -22,7 +22,8 @@ Anonymous:             0 kB
 
 
 def test_only_clean_mappings_of_the_file_are_found():
-    assert _clean_mappings(SMAPS, {"/a/model.onnx.data"}) == [(0x7F00, 0x7F10), (0xB000, 0xB010)]
+    found = [(one.start, one.end) for one in unwritten(SMAPS) if one.path == "/a/model.onnx.data"]
+    assert found == [(0x7F00, 0x7F10), (0xB000, 0xB010)]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -32,12 +33,12 @@ def test_pages_go_and_come_back_as_they_were(tmp_path):
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         before = bytes(mapped)
         assert resident(path) == 1024
-        forget_mapped_pages([path])
+        forget_files([path])
         assert resident(path) == 0
         assert bytes(mapped) == before
         # What a program has written is in no file: it must stay.
         mapped[5] = 77
-        forget_mapped_pages([path])
+        forget_files([path])
         assert mapped[5] == 77
 
 

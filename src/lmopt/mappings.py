@@ -1,0 +1,88 @@
+"""Give memory back that holds nothing but what stands in a file.
+
+Weights are mapped from their files, by transformers as by ONNX Runtime. Once they have been read, the whole
+file counts as memory of the process, although pages that nobody has written to can be dropped at any
+time: the next access maps them again out of the system's page cache. Linux only; elsewhere nothing happens.
+"""
+
+import contextlib
+import mmap
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_MAPS: Final = Path("/proc/self/smaps")
+
+
+@dataclass(frozen=True, slots=True)
+class FileMapping:
+    """A mapping of a file that still is the file's content.
+
+    Attributes:
+        start: First address.
+        end: Address behind the last.
+        path: The file.
+        writable: Whether this process may write to it.
+        private: Whether what it writes is its own.
+        resident_bytes: Bytes of it that are in memory.
+    """
+
+    start: int
+    end: int
+    path: str
+    writable: bool
+    private: bool
+    resident_bytes: int
+
+
+def drop_unwritten(wanted: Callable[[FileMapping], bool]) -> int:
+    """Drop the pages of mappings that nobody has written to; those that are read again come back.
+
+    Args:
+        wanted: Chooses among them. One that another thread may be about to write to must not be chosen.
+
+    Returns:
+        Bytes of memory that were given back.
+    """
+    if not sys.platform.startswith("linux"):
+        return 0
+    import ctypes
+
+    given = 0
+    with contextlib.suppress(OSError, AttributeError):
+        advise = ctypes.CDLL(None).madvise
+        advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for one in unwritten(_MAPS.read_text(encoding="utf-8", errors="surrogateescape")):
+            if wanted(one) and advise(one.start, one.end - one.start, mmap.MADV_DONTNEED) == 0:
+                given += one.resident_bytes
+    return given
+
+
+def forget_files(files: Iterable[Path]) -> None:
+    """Drop the pages of files that this process has mapped and not written to.
+
+    Args:
+        files: Files whose mappings are dropped.
+    """
+    names = {str(path.resolve()) for path in files}
+    if names:
+        drop_unwritten(lambda one: one.path in names)
+
+
+def unwritten(smaps: str) -> Iterator[FileMapping]:
+    """Find the mappings of files that hold no page of their own in what `/proc/self/smaps` says."""
+    head: list[str] = []
+    resident = 0
+    for line in smaps.splitlines():
+        name, _, value = line.partition(":")
+        if name == "Rss":
+            resident = 1024 * int(value.split()[0])
+        elif name == "Anonymous":
+            # Addresses, permissions, offset, device, inode, path; the inode of what is no file is 0.
+            if len(head) == 6 and head[4] != "0" and value.split()[0] == "0":
+                start, end = (int(part, 16) for part in head[0].split("-"))
+                yield FileMapping(start, end, head[5], "w" in head[1], head[1].endswith("p"), resident)
+        elif not line.split(maxsplit=1)[0].endswith(":"):
+            head, resident = line.split(maxsplit=5), 0
