@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -384,4 +386,24 @@ def test_a_row_is_forgotten_once_no_case_needs_it(monkeypatch):
     examination.run(healthy())
     everything, short = [0, 1, 2, 3, 4], [0, 1, 2, 3]
     assert kept == [everything, everything, everything, short, short, short, []]
+    assert examination.report().ok
+
+
+def test_logits_that_are_in_doubt_are_forgotten_too():
+    given = []
+
+    class Watched(Decoder):
+        def forward(self, input_ids, lengths, state, **options):
+            logits, after = super().forward(input_ids, lengths, state, **options)
+            logits = logits + np.float32(4e-4)  # every position is over the plain limit
+            given.append(weakref.ref(logits))
+            return logits, after
+
+    examination = Examination(
+        reference(), facts=healthy().facts, rounding=lambda ids: np.full(len(ids), 1e-3, np.float32)
+    )
+    examination.run(Watched(Config()))
+    gc.collect()
+    assert len(given) > 100
+    assert not [one for one in given if one() is not None]
     assert examination.report().ok

@@ -318,17 +318,17 @@ def greedy(engine: Engine, rows: Sequence[Row], new_tokens: int) -> tuple[list[I
     ids = np.stack([np.resize(prompt, longest) for prompt in prompts])
     state = engine.begin(len(rows), capacity=longest + steps)
     read = [prompt.tolist() for prompt in prompts]
-    seen: list[list[FloatArray]] = [[] for _ in rows]
+    # One array from the start: logits put together at the end would be in memory twice.
+    said = np.empty((len(rows), steps, engine.facts.vocab_size), np.float32)
     for step in range(steps):
         logits, state = engine.forward(ids, lengths, state, last_only=True)
         check_logits(logits, (len(rows), 1, engine.facts.vocab_size))
-        for place in range(len(rows)):
-            seen[place].append(logits[place])
+        said[:, step] = logits[:, 0]
         ids, lengths = logits.argmax(axis=-1), np.ones(len(rows), dtype=np.int64)
         if step < steps - 1:
             for place, token in enumerate(ids[:, 0].tolist()):
                 read[place].append(token)
     return (
         [np.array(row, dtype=np.int64) for row in read],
-        [Seen(place, len(prompts[place]) - 1, np.concatenate(seen[place])) for place in range(len(rows))],
+        [Seen(place, len(prompts[place]) - 1, said[place]) for place in range(len(rows))],
     )

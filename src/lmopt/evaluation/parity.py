@@ -293,5 +293,6 @@ class _Oracle:
 
 
 def _judge(meter: DifferenceMeter, expected: FloatArray, seen: Seen, slack: _Slack) -> None:
-    end = seen.start + len(seen.logits)
-    meter.update(expected[seen.start : end], seen.logits, lambda: slack()[seen.start : end])
+    place = slice(seen.start, seen.start + len(seen.logits))
+    # The meter may keep what gives the slack: it must not hold on to the logits.
+    meter.update(expected[place], seen.logits, lambda: slack()[place])

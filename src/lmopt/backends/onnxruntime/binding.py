@@ -36,6 +36,7 @@ class Binding:
             value = ort.OrtValue.ortvalue_from_numpy(view)
             self._io.bind_ortvalue_input(one.past.name, value)
             self._io.bind_ortvalue_output(one.present, value)
+        self._nothing = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, 1, 1), np.float32))
         self._keep = np.zeros(1, np.int64)
         if graph.keeps_logits:
             self._bind(LOGITS_TO_KEEP, self._keep)
@@ -83,6 +84,10 @@ class Binding:
             session.run_with_iobinding(io, self._graph.run_options)
         except Exception as error:
             raise self._graph.failed(error, batch, width) from error
+        finally:
+            if logits.shape[1] > 1:
+                # The binding would keep them until the next run, beside those of that run.
+                io.bind_ortvalue_output(LOGITS, self._nothing)
 
     def _mark(self, past: IntArray, total: IntArray, width: int) -> None:
         """Bring the mask to as many ones a row as it holds tokens after the run.
