@@ -23,6 +23,7 @@ import numpy as np
 
 import lmopt
 from lmopt.artifact import cache_folder
+from lmopt.backends.torch.cache_name import cache_name, cache_of
 from lmopt.cli.assets import fetch_smollm2
 from lmopt.evaluation import Figure, compare_speed
 from lmopt.platform import machine
@@ -37,6 +38,7 @@ class TransformersLoop:
     def __init__(self, module: Any, facts: ModelFacts) -> None:
         self.facts = facts
         self._module = module
+        self._cache_name = cache_name(module)
 
     def begin(self, batch: int, *, capacity: int | None = None, padding_side: str = "right") -> Any:
         """Start without a cache; transformers makes one."""
@@ -50,9 +52,9 @@ class TransformersLoop:
 
         with torch.inference_mode():
             result = self._module(
-                torch.from_numpy(input_ids), past_key_values=state, use_cache=True, logits_to_keep=1
+                torch.from_numpy(input_ids), use_cache=True, logits_to_keep=1, **{self._cache_name: state}
             )
-            return result.logits.numpy(), result.past_key_values
+            return result.logits.numpy(), cache_of(result)
 
 
 class SessionLoop:

@@ -57,6 +57,7 @@ class Bare:
         """Read one token; give the seconds of the run."""
         self._length += 1
         io = self._binding._io
+        assert io is not None  # it is not closed
         io.bind_ortvalue_input(
             ATTENTION_MASK, ort.OrtValue.ortvalue_from_numpy(self._ones[None, : self._length])
         )

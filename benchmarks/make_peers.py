@@ -186,7 +186,7 @@ class Maker:
     def openvino(self, name: str, *words: str) -> None:
         """Run optimum-intel's exporter."""
         command = (self.python("convert"), "-m", "optimum.commands.optimum_cli", "export", "openvino")
-        what = ("-m", self.model, "--task", "text-generation-with-past", *words)
+        what: tuple[str | Path, ...] = ("-m", self.model, "--task", "text-generation-with-past", *words)
         self.model_of(f"openvino-{name}", lambda out: self.run(f"openvino-{name}", *command, *what, out))
 
     def ctranslate2(self) -> None:

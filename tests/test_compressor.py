@@ -7,7 +7,7 @@ import pytest
 
 import lmopt
 from lmopt.compression import Quantize
-from lmopt.compressor import Compressor, LossWarning, measure_loss
+from lmopt.compressor import Compressor, LossWarning, compare_models
 from lmopt.errors import InputError, ParityError, UnsupportedOptionError
 from lmopt.evaluation.tolerances import TOLERANCES, Tolerance
 from lmopt.testing.models import tiny_llama
@@ -36,7 +36,7 @@ def test_fewer_bits_lose_more_and_the_report_says_so(model: lmopt.Model) -> None
 
 
 def test_the_figures_are_those_of_the_logits(model: lmopt.Model) -> None:
-    same = measure_loss(model, model)
+    same = compare_models(model, model)
     assert same.difference.kl_mean == 0
     assert same.perplexity == same.float_perplexity
     assert same.difference.top1 == 1

@@ -300,6 +300,7 @@ def test_the_manifest_says_what_was_done(export: Callable[[str], tuple[Model, Ar
     card = artifact.file("README.md").read_text()
     assert "prefill" in card
     assert "LlamaForCausalLM" in card
+    assert f"- Dialect of `onnx`: `portable`, opset {manifest['formats']['onnx']['opset']}\n" in card
 
 
 def test_an_older_opset_can_be_asked_for(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -183,8 +184,26 @@ def test_a_path_that_does_not_exist(name: str) -> None:
 
 def test_a_hub_id_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ArtifactNotFoundError, match=r"no file or folder here.*hub"):
+    with pytest.raises(ArtifactNotFoundError, match=r"no file or folder here.*hub") as caught:
         Model.from_pretrained("nobody/nothing", local_files_only=True)
+    assert caught.value.__suppress_context__  # twenty frames of an HTTP client
+
+
+@pytest.mark.parametrize("call", ["Model.from_pretrained('nobody/nothing')", "Runtime('nobody/nothing')"])
+def test_a_hub_id_is_asked_for_before_anything_slow_is_imported(tmp_path: Path, call: str) -> None:
+    code = (
+        "import sys\n"
+        "from lmopt import LmoptError, Model, Runtime\n"
+        "try:\n"
+        f"    {call}\n"
+        "except LmoptError as error:\n"
+        "    print(type(error).__name__, sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "ArtifactNotFoundError []", done.stderr
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
@@ -395,9 +414,15 @@ def test_models_that_do_not_predict_the_next_token(tmp_path: Path, kind: str) ->
         Model.from_pretrained(tmp_path)
 
 
-def test_quantized_checkpoints(folder: Path) -> None:
+def test_a_quantization_that_is_not_known(folder: Path) -> None:
+    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "bits": 4})
+    with pytest.raises(UnsupportedError, match="bitsandbytes"):
+        Model.from_pretrained(folder)
+
+
+def test_a_quantization_that_is_only_claimed(folder: Path) -> None:
     edit(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedError, match="gptq"):
+    with pytest.raises(CorruptArtifactError, match=r"quantized \(gptq\), but no tensor is"):
         Model.from_pretrained(folder)
 
 
@@ -440,6 +465,26 @@ def test_from_module_finds_the_vocabulary_and_stops_dropout() -> None:
     assert model.tokenizer is None
     assert Model.from_module(Bigram()).facts.vocab_size == 11
     assert Model.from_module(Bigram(), vocab_size=11, context_length=5).facts.context_length == 5
+
+
+@pytest.mark.parametrize("weight", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_from_module_names_a_weight_that_holds_nan(weight: str) -> None:
+    module = transformers.LlamaForCausalLM(llama())
+    with torch.no_grad():
+        module.get_parameter(weight).view(-1)[3] = torch.nan
+    with pytest.raises(
+        UnsupportedError, match=rf"LlamaForCausalLM are NaN.*hold NaN: {re.escape(weight)}\. "
+    ):
+        Model.from_module(module)
+
+
+def test_nan_without_a_weight_to_blame_is_an_overflow() -> None:
+    class Overflowing(Bigram):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(input_ids) * torch.inf * 0
+
+    with pytest.raises(UnsupportedError, match="none of its weights is: a value overflows"):
+        Model.from_module(Overflowing())
 
 
 def test_from_module_takes_a_transformers_model(folder: Path) -> None:

@@ -32,7 +32,7 @@ class LmoptPeer:
         """
         import lmopt
 
-        self._more = {"prompt_lookup_num_tokens": lookup} if lookup else {}
+        self._more: dict[str, Any] = {"prompt_lookup_num_tokens": lookup} if lookup else {}
         self._runtime = lmopt.Runtime(path, threads=threads, **options)
         actual = self._runtime.report().actual
         return {

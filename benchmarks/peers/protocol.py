@@ -31,8 +31,12 @@ class Adapter(Protocol):
         """Import the peer; return versions by distribution."""
         ...
 
-    def load(self, path: str, *, threads: int | None, **options: Any) -> dict[str, Any]:
-        """Open a model; `threads` `None` leaves the peer's own choice. Return what was set."""
+    def load(self, path: str, *args: Any, **options: Any) -> dict[str, Any]:
+        """Open a model; return what was set.
+
+        `threads` is always among the options, and `None` leaves the peer's own choice; each peer has
+        further ones of its own. (To a type checker, `*args` says: whatever the peer takes.)
+        """
         ...
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], list[list[int]]]:

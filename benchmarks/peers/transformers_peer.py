@@ -4,6 +4,7 @@
 loop.
 """
 
+import inspect
 import time
 from typing import Any
 
@@ -34,6 +35,9 @@ class TransformersPeer:
         self._model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation=attention
         ).eval()
+        # transformers 5.24 renamed it, as argument and in the result.
+        names = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
         return {"threads": torch.get_num_threads(), "dtype": dtype, "attention": attention}
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -51,8 +55,9 @@ class TransformersPeer:
                 more = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
             past = None
             for _ in range(new_tokens):
-                found = self._model(ids, past_key_values=past, use_cache=True, logits_to_keep=1, **more)
-                past = found.past_key_values
+                cache = {self._cache_name: past}
+                found = self._model(ids, use_cache=True, logits_to_keep=1, **cache, **more)
+                past = getattr(found, self._cache_name)
                 ids = found.logits[:, -1].argmax(-1, keepdim=True)
                 tokens.append(ids[:, 0].tolist())
                 stamps.append(time.perf_counter_ns() - start)

@@ -1,83 +1,29 @@
 """Make a model smaller by a recipe, and measure what that costs."""
 
+import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
-from lmopt.compression import Quantize
+from lmopt.compression.calibration import Calibration, choose_rows
+from lmopt.compression.step import Progress, Setting, Step
+from lmopt.contracts import EngineRequest
 from lmopt.errors import InputError, ParityError, UnsupportedOptionError
-from lmopt.evaluation.divergence import DifferenceMeter, LogitsDifference, log_softmax
+from lmopt.evaluation.loss import CompressionReport, measure_loss
 from lmopt.evaluation.tolerances import TOLERANCES, Tolerance
 from lmopt.gate import GATE_TEXTS
+from lmopt.generation import GenerationConfig, generate
 from lmopt.model import Model
 from lmopt.registry import backends
 from lmopt.types import IntArray
 
-_TORCH_ROOM: Final = "lmopt.backends.torch"
+# Rows that a model writes at once, where it writes its own calibration texts.
+_WRITTEN_AT_ONCE: Final = 16
 # Windows that texts are read in; KL settles within a few thousand tokens.
 _WINDOW: Final = 512
-
-
-@dataclass(frozen=True, slots=True)
-class CompressionReport:
-    """What a recipe cost, measured in eager mode against the model it was given.
-
-    Attributes:
-        difference: Distance of the logits: KL in nats, tie-aware top-1, and more.
-        tokens: Tokens read.
-        perplexity: Of the compressed model on the texts.
-        float_perplexity: Of the original.
-        bytes: Bytes of the compressed weights.
-        float_bytes: Bytes of the original's.
-        texts: `"given"`, or `"built-in"` where no texts were given.
-    """
-
-    difference: LogitsDifference
-    tokens: int
-    perplexity: float
-    float_perplexity: float
-    bytes: int
-    float_bytes: int
-    texts: str
-
-    @property
-    def perplexity_ratio(self) -> float:
-        """Perplexity over the original's."""
-        return self.perplexity / self.float_perplexity
-
-    def failures(self, limits: Tolerance) -> list[str]:
-        """Say what exceeds limits; the measure of single logits has no meaning here."""
-        found = []
-        if not self.difference.kl_mean <= limits.kl_mean:
-            found.append(f"mean KL {self.difference.kl_mean:.4g} > {limits.kl_mean:g}")
-        if not self.difference.top1 >= limits.top1:
-            found.append(f"top-1 {self.difference.top1:.4f} < {limits.top1:g}")
-        if not self.perplexity_ratio <= limits.perplexity_ratio:
-            found.append(f"perplexity ratio {self.perplexity_ratio:.4f} > {limits.perplexity_ratio:g}")
-        if self.difference.nonfinite:
-            found.append(f"{self.difference.nonfinite} positions are not finite")
-        return found
-
-    def __str__(self) -> str:
-        """Give the figures in one line."""
-        one = self.difference
-        return (
-            f"{self.float_bytes / 1e6:.1f} MB -> {self.bytes / 1e6:.1f} MB "
-            f"({self.float_bytes / self.bytes:.2f}x smaller); perplexity {self.float_perplexity:.3f} -> "
-            f"{self.perplexity:.3f} (x {self.perplexity_ratio:.4f}); KL mean {one.kl_mean:.4g}, p99 {one.kl_p99:.4g}; "
-            f"top-1 {one.top1:.2%}, on {self.tokens} tokens of {self.texts} texts"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the numbers as plain data for a manifest."""
-        return {
-            **asdict(self),
-            "difference": self.difference.to_dict(),
-            "perplexity_ratio": self.perplexity_ratio,
-        }
+_TORCH_ROOM: Final = "lmopt.backends.torch"
 
 
 class LossWarning(UserWarning):
@@ -88,7 +34,7 @@ class Compressor:
     """Applies steps to models and measures the loss.
 
     Args:
-        steps: Steps of `lmopt.compression`, in order.
+        steps: Steps of `lmopt.compression`, or of plug-ins, in order.
         tolerance: Largest loss that is accepted. Where `None`, any loss is, but one beyond the table's
             row for the width (`lmopt.evaluation.tolerances`) is told as a `LossWarning`.
 
@@ -96,88 +42,157 @@ class Compressor:
         UnsupportedOptionError: There is no step, or one of another kind.
 
     Example:
-        >>> small = Compressor([Quantize(bits=8, group_size=64)]).compress(model)  # doctest: +SKIP
+        >>> small = Compressor([GPTQ(bits=4, group_size=64)]).compress(model, calibration="book.txt")
+        ... # doctest: +SKIP
         >>> print(small.report)  # doctest: +SKIP
     """
 
-    def __init__(self, steps: Sequence[Quantize], *, tolerance: Tolerance | None = None) -> None:
+    def __init__(self, steps: Sequence[Step], *, tolerance: Tolerance | None = None) -> None:
         self.steps = tuple(steps)
         self.tolerance = tolerance
-        strange = [type(step).__name__ for step in self.steps if not isinstance(step, Quantize)]
+        strange = [repr(step) for step in self.steps if isinstance(step, type) or not isinstance(step, Step)]
         if not self.steps or strange:
             raise UnsupportedOptionError(
                 f"a recipe is a list of steps of lmopt.compression, such as Quantize(bits=4); given: "
                 f"{strange[0] if strange else 'an empty list'}"
             )
 
-    def compress(self, model: Model, *, texts: Sequence[str] | None = None) -> Model:
+    def compress(
+        self,
+        model: Model,
+        *,
+        calibration: Calibration | Sequence[str] | str | os.PathLike[str] | None = None,
+        texts: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Model:
         """Make a compressed copy of a model.
 
         Args:
             model: The model; it is left as it is.
-            texts: Texts to measure the loss on, some thousand tokens for figures that settle. Where
-                `None`, lmopt's few built-in ones; for a model without a tokenizer, seeded random ids.
+            calibration: What the model reads while steps that need it work: texts, a text file's path, or
+                a `Calibration` with sizes and seed. `Calibration(None)` lets the model write it. A model
+                without a tokenizer reads seeded random ids where it is `None`.
+            texts: Texts to measure the loss on, some thousand tokens for figures that settle; not those of
+                the calibration. Where `None`, lmopt's few built-in ones.
+            progress: Called with the stage's name, the steps done and their total.
 
         Returns:
             The compressed model, with `recipe` and `report`.
 
         Raises:
             ParityError: It loses more than `tolerance`; its `report` has the numbers.
-            InputError: A weight is not finite, or the texts hold too few tokens.
+            InputError: A weight is not finite, the texts hold too few tokens, or a step needs calibration
+                and there is none.
             UnsupportedOptionError: The recipe does not fit the model.
         """
-        module = model.module
-        quantize = backends.load("torch", target=f"{_TORCH_ROOM}.quantizing:quantize_module")
+        tell = progress or _silent
+        rows = self._rows(model, calibration, tell)
+        small, errors = model, {}
         for step in self.steps:
-            module = quantize(module, step, model.facts.vocab_size)
-        small = model.with_module(module, recipe=[step.to_dict() for step in self.steps])
-        report = measure_loss(model, small, texts=texts)
+            tell(step.name, 0, 1)
+            setting = Setting(small.facts.vocab_size, rows, tell)
+            apply = backends.load("torch", target=step.target)
+            small = small.with_module(apply(small.module, step, setting), recipe=[step.to_dict()])
+            errors.update(setting.errors)
+        report = compare_models(model, small, texts=texts, layer_errors=errors, progress=tell)
         small.report = report
-        limits = self.tolerance or TOLERANCES["int8" if min(step.bits for step in self.steps) > 4 else "int4"]
+        limits = self.tolerance or TOLERANCES["int8" if _least_bits(self.steps) > 4 else "int4"]
         if failures := report.failures(limits):
             told = f"{model.source} loses too much for the limits of {limits.name}: {'; '.join(failures)}. {report}"
+            if report.layer_errors:
+                told += ". Worst layers: " + ", ".join(f"{path} {e:.1%}" for path, e in report.worst_layers)
             if self.tolerance is not None:
                 raise ParityError(told, report)
             warnings.warn(told, LossWarning, stacklevel=2)
         return small
 
+    def _rows(self, model: Model, given: Any, tell: Progress) -> list[IntArray]:
+        """Make the calibration rows, if a step needs any."""
+        needing = [step.name for step in self.steps if step.needs_texts]
+        if not needing:
+            return []
+        if model.tokenizer is None:
+            if given is not None and not (isinstance(given, Calibration) and given.texts is None):
+                raise InputError(
+                    "the model has no tokenizer, so calibration texts cannot be read; leave them out"
+                )
+            sizes = given or Calibration(None)
+            width = min(sizes.row_tokens, model.facts.context_length or sizes.row_tokens)
+            random = np.random.default_rng(sizes.seed)
+            return list(random.integers(0, model.facts.vocab_size, (sizes.rows, width)))
+        if given is None:
+            raise InputError(
+                f"step {needing[0]!r} must see the model read text: give compress(model, calibration=[texts]) or the "
+                "path of a text file (lmopt compress --calibration FILE), some 64,000 tokens of the kind that the "
+                "model will meet. Calibration(None) lets the model write them itself"
+            )
+        calibration = Calibration.of(given)
+        if calibration.texts is None:
+            return write_rows(model, calibration, tell)
+        return calibration.cut(model.tokenizer, model.facts.context_length)
 
-def measure_loss(original: Model, small: Model, *, texts: Sequence[str] | None = None) -> CompressionReport:
+
+def write_rows(model: Model, calibration: Calibration, tell: Progress) -> list[IntArray]:
+    """Let a model write its calibration texts: sampled at temperature 1, from its first token on.
+
+    Args:
+        model: The model.
+        calibration: Sizes and seed.
+        tell: Told of rows done.
+    """
+    width = min(calibration.row_tokens, model.facts.context_length or calibration.row_tokens)
+    engine = backends.load("torch")(EngineRequest(facts=model.facts, module=model.module))
+    start = (model.tokenizer.bos_token_id if model.tokenizer is not None else None) or 0
+    rows: list[IntArray] = []
+    try:
+        while len(rows) < calibration.rows:
+            count = min(_WRITTEN_AT_ONCE, calibration.rows - len(rows))
+            configs = [
+                GenerationConfig(
+                    max_new_tokens=width - 1, do_sample=True, seed=calibration.seed + len(rows) + place
+                )
+                for place in range(count)
+            ]
+            found = generate(engine, [[start]] * count, configs)
+            rows += [np.array([start, *one[0].token_ids], np.int64) for one in found]
+            tell("write calibration texts", len(rows), calibration.rows)
+    finally:
+        engine.close()
+    ids: IntArray = np.concatenate(rows)
+    return choose_rows(ids, calibration.rows, width, calibration.seed)
+
+
+def compare_models(
+    original: Model,
+    small: Model,
+    *,
+    texts: Sequence[str] | None = None,
+    layer_errors: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+) -> CompressionReport:
     """Hold a compressed model against its original, both in eager mode.
 
     Args:
         original: The float model.
         small: The compressed one.
         texts: As for `Compressor.compress`.
+        layer_errors: Errors of single weights, for the report.
+        progress: As for `Compressor.compress`.
 
     Raises:
-        InputError: The texts hold no token that could be predicted.
+        InputError: The texts hold no token that could be predicted, or there is no tokenizer to read them.
     """
     forward = backends.load("torch", target=f"{_TORCH_ROOM}.reference:FullForward")
     size = backends.load("torch", target=f"{_TORCH_ROOM}.quantizing:stored_bytes")
-    theirs, ours = forward(original.module), forward(small.module)
-    meter = DifferenceMeter()
-    losses = np.zeros(2)
-    predicted = tokens = 0
-    for ids in _windows(original, texts):
-        pair = theirs(ids), ours(ids)
-        meter.update(*pair)
-        for place, logits in enumerate(pair):
-            chosen = log_softmax(logits[:-1])[np.arange(len(ids) - 1), ids[1:]]
-            losses[place] -= chosen.sum()
-        predicted += len(ids) - 1
-        tokens += len(ids)
-    if not predicted:
-        raise InputError("the texts hold no two tokens in a row; give some hundred words")
-    before, after = np.exp(losses / predicted)
-    return CompressionReport(
-        difference=meter.result(),
-        tokens=tokens,
-        perplexity=float(after),
-        float_perplexity=float(before),
+    return measure_loss(
+        forward(original.module),
+        forward(small.module),
+        _windows(original, texts),
         bytes=size(small.module),
         float_bytes=size(original.module),
         texts="built-in" if texts is None else "given",
+        layer_errors=layer_errors,
+        progress=progress,
     )
 
 
@@ -196,3 +211,12 @@ def _windows(model: Model, texts: Sequence[str] | None) -> list[IntArray]:
         for start in range(0, len(row), width)
         if len(row) - start > 1
     ]
+
+
+def _least_bits(steps: Sequence[Any]) -> float:
+    """Width of the narrowest weights, by which the usual loss is judged."""
+    return min(float(getattr(step, "bits", 4)) for step in steps)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Show nothing."""

@@ -157,7 +157,8 @@ class Exporter:
             reports[spec.format] = report
             if report is not None:
                 staging.manifest["parity"][spec.format] = {"backend": spec.verify_with, **report.to_dict()}
-        (staging.path / "README.md").write_text(model_card(model, reports), encoding="utf-8")
+        card = model_card(model, staging.manifest["formats"], reports)
+        (staging.path / "README.md").write_text(card, encoding="utf-8")
 
     def versions(self) -> dict[str, str]:
         """Versions of what the result depends on, for the manifest and the cache's key."""

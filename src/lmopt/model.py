@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lmopt.backends.torch.description import Loaded
-    from lmopt.compressor import CompressionReport
+    from lmopt.evaluation.loss import CompressionReport
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _NEEDED = ("torch", "transformers")
@@ -69,15 +69,16 @@ class Model:
             revision: Branch, tag or commit of a hub id.
             local_files_only: Take a hub id from the local cache only.
             keep_quantization: Of a GGUF file: carry its codes, scales and offsets over as they are (types
-                Q4_0 to Q8_0 and Q2_K to Q6_K), bit by bit, instead of dequantizing them. A folder that
-                lmopt saved quantized is always loaded so.
+                Q4_0 to Q8_0 and Q2_K to Q6_K), bit by bit, instead of dequantizing them. A folder whose
+                weights are quantized, by lmopt, compressed-tensors, GPTQ or AWQ, is always loaded so.
             progress: Whether to show progress bars.
 
         Raises:
             ArtifactNotFoundError: There is nothing usable at `source`.
             UnsafeArtifactError: Reading it would run code or leave its folder.
             CorruptArtifactError: A file is damaged, or weights are missing or left over.
-            UnsupportedError: It is not a causal language model, or has no quantization to keep.
+            UnsupportedError: It is not a causal language model, has no quantization to keep, or has one that
+                lmopt does not know.
             UnsupportedOptionError: `dtype` is unknown, or `keep_quantization` is given for no GGUF file.
             NotInstalledError: torch or transformers is missing.
         """
@@ -85,7 +86,7 @@ class Model:
         recipe: Sequence[Mapping[str, Any]] = ()
         if keep_quantization and not path.is_file():
             raise UnsupportedOptionError(
-                f"keep_quantization is for .gguf files; {source} is a folder or a hub id. One that lmopt saved "
+                f"keep_quantization is for .gguf files; {source} is a folder or a hub id. One whose weights are "
                 "quantized stays so without it."
             )
         if is_artifact(path):
@@ -107,7 +108,7 @@ class Model:
         if not path.is_dir():
             name = _hub_id(source)
             _require_torch()
-            from lmopt.backends.torch.loading import fetch
+            from lmopt.backends.torch.hub import fetch
 
             path = fetch(name, revision=revision, local_files_only=local_files_only, trust=trust)
         _require_torch()
@@ -140,8 +141,8 @@ class Model:
             generation_config: Defaults of generation, by the names of `lmopt.GenerationConfig`.
 
         Raises:
-            UnsupportedError: The module does not map ids to logits, is not causal, or has another
-                vocabulary than `vocab_size`.
+            UnsupportedError: The module does not map ids to logits, is not causal, answers with NaN, or has
+                another vocabulary than `vocab_size`.
             UnsupportedOptionError: `config` or `vocab_size` for a transformers model, which states them.
             TokenizerError: The tokenizer needs Python code of its own.
         """
@@ -180,13 +181,15 @@ class Model:
         return cls(loaded, type(module).__name__)
 
     def with_module(self, module: "nn.Module", *, recipe: Sequence[Mapping[str, Any]] = ()) -> "Model":
-        """Make a model of another module with this one's tokenizer, facts and configuration.
+        """Make a model of another module with this one's tokenizer.
 
         Args:
             module: A module that reads and answers as this model's does.
             recipe: Steps by which it was made from this one, added to this model's own.
         """
-        return Model(replace(self._loaded, module=module), self.source, [*self.recipe, *recipe])
+        from lmopt.backends.torch.description import describe_again
+
+        return Model(describe_again(self._loaded, module), self.source, [*self.recipe, *recipe])
 
     @property
     def module(self) -> "nn.Module":
@@ -213,7 +216,14 @@ class Model:
         """The model's defaults of generation that differ from transformers' own."""
         return self._loaded.generation_config
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Artifact:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        quantization_format: str = "lmopt",
+        dequantize: bool = False,
+    ) -> Artifact:
         """Save as a folder that is an lmopt artefact and a Hugging Face model at once.
 
         A module of your own is saved as weights and tokenizer only, since its class is code. Read
@@ -222,8 +232,15 @@ class Model:
         Args:
             folder: Folder to create; it appears complete or not at all.
             overwrite: Replace an artefact that is there.
+            quantization_format: How quantized weights are stored: `"lmopt"`, which holds all of them, or
+                `"compressed-tensors"`, which transformers (with `pip install compressed-tensors`) and vLLM
+                read too. Their values are the same bit by bit; lmopt reads both.
+            dequantize: With `"compressed-tensors"`: write parts in float that it cannot hold (embeddings,
+                heads tied to one, float offsets), instead of refusing.
 
         Raises:
+            UnsupportedOptionError: `quantization_format` is unknown or cannot hold the model; the parts and
+                the reason are named, and nothing is written.
             ArtifactExistsError: Something is there that must not be replaced.
             DiskFullError: The disk cannot hold it.
         """
@@ -237,6 +254,8 @@ class Model:
             overwrite=overwrite,
             recipe=list(self.recipe),
             report=report,
+            quantization_format=quantization_format,
+            dequantize=dequantize,
         )
 
     def load_weights(self, folder: str | os.PathLike[str]) -> "Model":

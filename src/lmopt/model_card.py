@@ -1,16 +1,20 @@
 """The README.md that an artefact carries."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from lmopt.evaluation import ParityReport
 from lmopt.model import Model
 
 
-def model_card(model: Model, reports: Mapping[str, ParityReport | None]) -> str:
+def model_card(
+    model: Model, formats: Mapping[str, Mapping[str, Any]], reports: Mapping[str, ParityReport | None]
+) -> str:
     """Describe an exported model for the people who find its folder.
 
     Args:
         model: The model that was exported.
+        formats: Format to what its exporter said of it, as the manifest has it.
         reports: Format to what the parity gate measured, `None` where weights were compared bit by
             bit.
     """
@@ -24,6 +28,7 @@ def model_card(model: Model, reports: Mapping[str, ParityReport | None]) -> str:
         f"- Parameters: {facts.parameters:,}",
         f"- Vocabulary: {facts.vocab_size:,}",
         f"- Context: {facts.context_length or 'no limit'}",
+        *(f"- {line}" for name, said in formats.items() if (line := _dialect(name, said))),
         "",
         "## Parity with the original",
         "",
@@ -53,3 +58,12 @@ def model_card(model: Model, reports: Mapping[str, ParityReport | None]) -> str:
         "`lmopt.json` holds the hash of every file, versions, and all parity numbers.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _dialect(name: str, said: Mapping[str, Any]) -> str:
+    """Name the dialect of a format that has several, and why it is not the one asked for."""
+    if "target" not in said:
+        return ""
+    opset = f", opset {said['opset']}" if "opset" in said else ""
+    why = f". It is not the one that was asked for, because {said['fallback']}" if "fallback" in said else ""
+    return f"Dialect of `{name}`: `{said['target']}`{opset}{why}"

@@ -49,10 +49,10 @@ def open_source(
         # Files are verified when the engine asks for them, so that formats it leaves alone cost nothing.
         source = Artifact.open(source, verify=False)
     name = backend or _default_backend(source)
-    spec = backends.spec(name)
-    factory = backends.load(name)
+    spec = backends.require(name)
     artifact: Artifact | None = None
     model: Model | None = None
+    exporter = ""
     if isinstance(source, Artifact) and set(source.formats) & set(spec.can.formats):
         _require_support(spec, source.formats, device, dtype)
         artifact = source
@@ -60,13 +60,16 @@ def open_source(
         tokenizer, defaults = _tokenizer(source), _generation_config(source)
     else:
         live = "module" in spec.can.formats
-        exporter = "" if live else _exporter_for(spec)
+        if not live:
+            exporter = _exporter_for(spec)
         _require_support(spec, ("module" if live else exporters.spec(exporter).format,), device, dtype)
         model = _as_model(source, dtype, trust)
         facts, label = model.facts, model.source
         tokenizer, defaults = model.tokenizer, model.generation_config
-        if not live:
-            artifact = _export_into_cache(model, exporter, _dialect(spec, exporter, device), progress)
+    # Imports the engine, which takes seconds: not before the source is known to be there.
+    factory = backends.load(name)
+    if model is not None and exporter:
+        artifact = _export_into_cache(model, exporter, _dialect(spec, exporter, device), progress)
     if artifact is not None and trust and "trust" in spec.can.features:
         options = {**options, "trust": True}
     request = EngineRequest(

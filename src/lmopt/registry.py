@@ -13,9 +13,9 @@ from lmopt.errors import (
     NotInstalledError,
     UnknownPluginError,
 )
-from lmopt.spec import API_VERSION, BackendSpec, ExporterSpec, Requirement
+from lmopt.spec import API_VERSION, BackendSpec, ExporterSpec, Requirement, StepSpec
 
-Spec = TypeVar("Spec", bound=BackendSpec | ExporterSpec)
+Spec = TypeVar("Spec", bound=BackendSpec | ExporterSpec | StepSpec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,20 @@ class Registry(Generic[Spec]):
             )
         return spec
 
+    def require(self, name: str) -> Spec:
+        """Give a plug-in's spec if the modules that it needs are there; none is imported.
+
+        Raises:
+            NotInstalledError: A required module is missing; the message has the pip line.
+        """
+        spec = self.spec(name)
+        missing = [need for need in spec.requires if not need.is_met()]
+        if missing:
+            raise NotInstalledError(self._missing_message(name, missing))
+        return spec
+
     def load(self, name: str, target: str | None = None) -> Any:
-        """Import what a plug-in points to: an engine factory or an export function.
+        """Import what a plug-in points to: an engine factory, an export function or a step.
 
         Args:
             name: Name of the plug-in.
@@ -113,11 +125,8 @@ class Registry(Generic[Spec]):
             NotInstalledError: A required module is missing; the message has the pip line.
             BrokenPluginError: It is installed but cannot be imported.
         """
-        spec = self.spec(name)
-        missing = [need for need in spec.requires if not need.is_met()]
-        if missing:
-            raise NotInstalledError(self._missing_message(name, missing))
-        path = target or (spec.engine if isinstance(spec, BackendSpec) else spec.export)
+        spec = self.require(name)
+        path = target or spec.entry
         module, _, attribute = path.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
@@ -182,3 +191,4 @@ def pip_line(what: str) -> str:
 
 backends: Registry[BackendSpec] = Registry("lmopt.backends", "backend", BackendSpec)
 exporters: Registry[ExporterSpec] = Registry("lmopt.exporters", "exporter", ExporterSpec)
+steps: Registry[StepSpec] = Registry("lmopt.compressors", "compression step", StepSpec)

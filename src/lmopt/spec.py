@@ -1,8 +1,8 @@
 """What a plug-in says of itself before anything heavy is imported.
 
-An entry point of the group `lmopt.backends` or `lmopt.exporters` names a `BackendSpec` or an
-`ExporterSpec`. The module that holds it may import the standard library and `lmopt.spec` only; the
-engine behind it is a string that lmopt resolves when, and only when, the plug-in is asked for.
+An entry point of the group `lmopt.backends`, `lmopt.exporters` or `lmopt.compressors` names a `BackendSpec`,
+an `ExporterSpec` or a `StepSpec`. The module that holds it may import the standard library and `lmopt.spec`
+only; what is behind it is a string that lmopt resolves when, and only when, the plug-in is asked for.
 """
 
 import importlib.util
@@ -83,6 +83,11 @@ class BackendSpec:
     api: int = API_VERSION
     description: str = ""
 
+    @property
+    def entry(self) -> str:
+        """What the registry loads."""
+        return self.engine
+
     def require(self, *, device: str, dtype: str) -> None:
         """Refuse a device or compute type that is not declared; engines call this first.
 
@@ -138,3 +143,32 @@ class ExporterSpec:
     requires: tuple[Requirement, ...] = ()
     api: int = API_VERSION
     description: str = ""
+
+    @property
+    def entry(self) -> str:
+        """What the registry loads."""
+        return self.export
+
+
+@dataclass(frozen=True, slots=True)
+class StepSpec:
+    """A step of a compression recipe as lmopt sees it before anything heavy is imported.
+
+    Attributes:
+        name: What a recipe writes: `{"step": "gptq", ...}`.
+        step: `"module:attribute"` of a class that is a `lmopt.compression.step.Step`.
+        requires: Modules that must be there.
+        api: `API_VERSION` that the plug-in was written for.
+        description: One line for people.
+    """
+
+    name: str
+    step: str
+    requires: tuple[Requirement, ...] = ()
+    api: int = API_VERSION
+    description: str = ""
+
+    @property
+    def entry(self) -> str:
+        """What the registry loads."""
+        return self.step

@@ -31,7 +31,6 @@ def test_the_last_override_that_matches_counts() -> None:
         {"bits": 1},
         {"group_size": 3},
         {"head": 16},
-        {"method": "gptq"},
         {"overrides": {"a": {"bits": 99}}},
         {"overrides": {"a": {"width": 4}}},
     ],
@@ -50,5 +49,5 @@ def test_names_that_match_nothing_are_told_with_near_ones() -> None:
 def test_a_step_is_plain_data() -> None:
     step = Quantize(bits=8, overrides={"a*": None, "b": {"bits": 4}})
     told = json.loads(json.dumps(step.to_dict()))
-    assert told.pop("step") == "quantize"
+    assert told.pop("step") == "rtn"
     assert Quantize(**told) == step

@@ -7,7 +7,7 @@ from generation_fakes import ConstantEngine
 from lmopt.errors import EngineError, UnsupportedOptionError
 from lmopt.generation import GenerationConfig, generate
 from lmopt.generation.randomness import philox, uniform
-from lmopt.generation.sampling import Choice, draw, greedy, largest, narrow
+from lmopt.generation.sampling import Choice, _lightest, _nearest, draw, greedy, largest, narrow
 
 WARPERS = [
     {"top_k": 0},
@@ -213,3 +213,22 @@ def test_short_cuts_over_a_vocabulary_change_nothing(kind, size):
         token = draw(Choice(None, scores), number)
         assert (edges[token - 1] if token else 0.0) - 1e-6 <= number <= edges[token] + 1e-6
         assert weights[token] > 0
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_sorting_a_few_keeps_what_filling_bins_keeps(ties):
+    """Both find the border of top-p, among equal scores too."""
+    generator = np.random.default_rng(7)
+    for size in (1, 2, 50, 700, 2048):
+        for _ in range(40):
+            keys = np.abs(generator.normal(size=size) * 5).astype(np.float32)
+            if ties:
+                keys = np.round(keys)
+            keys -= keys.min()
+            keys[generator.random(size) < 0.1] = np.inf  # banned
+            keys[generator.integers(size)] = 0.0
+            weights = np.exp(-keys)
+            total = float(weights.sum(dtype=np.float64))
+            for top_p in (0.0, 0.3, 0.9, 0.999):
+                found = _nearest(keys, weights, top_p * total)
+                assert found.tolist() == _lightest(keys, weights, top_p * total).tolist()

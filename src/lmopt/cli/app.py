@@ -6,7 +6,7 @@ from typing import Annotated, Final
 import typer
 
 from lmopt import __version__
-from lmopt.cli import backends, bench, chat, compare, demo, doctor, evaluate, export, run
+from lmopt.cli import backends, bench, chat, compare, compress, demo, doctor, evaluate, export, run
 from lmopt.cli.verb import command
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ _VERBS: Final[dict[str, Callable[..., None]]] = {
     "run": run.run,
     "chat": chat.chat,
     "export": export.export,
+    "compress": compress.compress,
     "compare": compare.compare,
     "bench": bench.bench,
     "eval": evaluate.evaluate,

@@ -1,18 +1,18 @@
-"""`lmopt backends`: every engine and exporter, and whether it can be used."""
+"""`lmopt backends`: every engine, exporter and compression step, and whether it can be used."""
 
 from typing import Any
 
 from lmopt.cli.output import Output
-from lmopt.registry import PluginStatus, backends, exporters
+from lmopt.registry import PluginStatus, backends, exporters, steps
 
 
 def list_backends(out: Output) -> None:
-    """List engines and exporters: from which distribution, in which state, for what.
+    """List engines, exporters and compression steps: from which distribution, in which state, for what.
 
     Nothing heavy is imported: an engine whose modules are found counts as ready. `lmopt doctor` imports
     them all.
     """
-    engines, writers = backends.status(), exporters.status()
+    engines, writers, methods = backends.status(), exporters.status(), steps.status()
     rows = []
     for engine in engines:
         can = engine.spec.can if engine.spec else None
@@ -28,11 +28,19 @@ def list_backends(out: Output) -> None:
         )
         rows.append((writer.name, writer.distribution, _state(writer), *about))
     out.table(("exporter", "from", "state", "writes", "targets", "verified on"), rows, left=6)
-    every: list[PluginStatus[Any]] = [*engines, *writers]
+    rows = [
+        (one.name, one.distribution, _state(one), one.spec.description if one.spec else "") for one in methods
+    ]
+    out.table(("compression step", "from", "state", "what it does"), rows, left=4)
+    every: list[PluginStatus[Any]] = [*engines, *writers, *methods]
     for problem in dict.fromkeys(one.problem for one in every if one.problem):
         out.text(problem, style="yellow")
     out.result(
-        {"backends": [_describe(one) for one in engines], "exporters": [_describe(one) for one in writers]}
+        {
+            "backends": [_describe(one) for one in engines],
+            "exporters": [_describe(one) for one in writers],
+            "compressors": [_describe(one) for one in methods],
+        }
     )
 
 

@@ -18,15 +18,19 @@ from urllib.parse import unquote, urlparse
 from lmopt.cli.finding import Finding
 from lmopt.cli.output import Tell
 from lmopt.errors import LmoptError
-from lmopt.registry import PluginStatus, Registry, backends, exporters, pip_line
+from lmopt.registry import PluginStatus, Registry, backends, exporters, pip_line, steps
 
-_REGISTRIES: Final[dict[str, Registry[Any]]] = {"backend": backends, "exporter": exporters}
+_REGISTRIES: Final[dict[str, Registry[Any]]] = {
+    "backend": backends,
+    "exporter": exporters,
+    "compressor": steps,
+}
 _LIMIT_S: Final = 300
 _MARK: Final = "lmopt-plugin "
 
 
 def check_plugins(tell: Tell) -> list[Finding]:
-    """Import every engine and exporter that seems ready, and name what the others lack."""
+    """Import every engine, exporter and compression step that seems ready, and name what the others lack."""
     every = {f"{kind}:{one.name}": one for kind, registry in _REGISTRIES.items() for one in registry.status()}
     ready = [key for key, one in every.items() if not one.problem]
     problems: dict[str, str] = {}

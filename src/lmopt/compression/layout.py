@@ -236,6 +236,18 @@ def grouped(weight: FloatArray, grid: Grid) -> FloatArray:
     return padded.reshape(len(weight), grid.groups, grid.group_size)
 
 
+def check_weight(weight: FloatArray, what: str) -> None:
+    """Refuse what is no sound weight.
+
+    Raises:
+        InputError: It is no matrix, or holds NaN or infinity.
+    """
+    if weight.ndim != 2:
+        raise InputError(f"{what} has shape {weight.shape}; a matrix (outputs, inputs) can be compressed")
+    if not np.isfinite(weight).all():
+        raise InputError(f"{what} holds NaN or infinity: the model is damaged before it is compressed")
+
+
 def quantize(
     weight: FloatArray, bits: int, group_size: int, *, symmetric: bool = True, what: str = "the weight"
 ) -> QuantizedArray:
@@ -256,10 +268,7 @@ def quantize(
         InputError: The weight is no matrix, or holds NaN or infinity.
         UnsupportedOptionError: `bits` or `group_size` is impossible.
     """
-    if weight.ndim != 2:
-        raise InputError(f"{what} has shape {weight.shape}; a matrix (outputs, inputs) can be quantized")
-    if not np.isfinite(weight).all():
-        raise InputError(f"{what} holds NaN or infinity: the model is damaged before it is quantized")
+    check_weight(weight, what)
     rows, columns = weight.shape
     grid = Grid(rows, columns, bits, group_size, "symmetric" if symmetric else "integer")
     codes = np.empty((rows, grid.groups, group_size), np.uint8)

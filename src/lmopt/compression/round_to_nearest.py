@@ -1,17 +1,14 @@
 """Quantize weights by rounding each to the nearest code (RTN)."""
 
-import difflib
-import fnmatch
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Final
 
 from lmopt.compression.layout import QuantizedArray, check_form, quantize
-from lmopt.errors import UnsupportedOptionError
+from lmopt.compression.overrides import Overrides, Part, check_fields, check_names, matching
+from lmopt.compression.statistics import Statistics
+from lmopt.compression.step import plain_fields
 from lmopt.types import FloatArray
-
-Part = Literal["linear", "embedding", "head"]
-"""What a weight is for: a linear inside, the look-up of tokens, or the linear that makes logits."""
 
 _OVERRIDABLE: Final = frozenset({"bits", "group_size", "symmetric"})
 
@@ -35,11 +32,12 @@ class Form:
 class Quantize:
     """Weights as `bits`-bit codes in groups that share a scale; activations stay as they are.
 
+    Rounds each weight to the nearest code: no calibration, the loss is what it is.
+
     Attributes:
         bits: Width of a code, 2 to 8.
         group_size: Columns (inputs) that share a scale. A last group that is not full is padded.
         symmetric: Whether zero is the middle code; otherwise each group has a whole zero point.
-        method: `"rtn"`, round to nearest: no calibration, the loss is what it is.
         embedding: Bits of the token embedding; `None` leaves it in float. A small model suffers from
             4 bits here and in the head more than anywhere else.
         head: Bits of the linear that makes the logits. Where it is tied to the embedding, both are one
@@ -55,40 +53,39 @@ class Quantize:
         Form(bits=8, group_size=64, symmetric=True)
     """
 
+    name: ClassVar[str] = "rtn"
+    needs_texts: ClassVar[bool] = False
+    target: ClassVar[str] = "lmopt.backends.torch.compressing:by_matrix"
+
     bits: int = 4
     group_size: int = 32
     symmetric: bool = True
-    method: Literal["rtn"] = "rtn"
     embedding: int | None = 8
     head: int | None = 8
-    overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    overrides: Overrides = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if self.method != "rtn":
-            raise UnsupportedOptionError(f"method is {self.method!r}; lmopt has: rtn")
         for bits in (self.bits, self.embedding, self.head):
             if bits is not None:
                 check_form(bits, self.group_size)
-        for pattern, changes in self.overrides.items():
-            if changes is None:
-                continue
-            if unknown := sorted(changes.keys() - _OVERRIDABLE):
-                raise UnsupportedOptionError(
-                    f"the override of {pattern!r} has {unknown[0]!r}; it may have {', '.join(sorted(_OVERRIDABLE))}, "
-                    "or be None to leave the weight in float"
-                )
-            check_form(changes.get("bits", self.bits), changes.get("group_size", self.group_size))
+        check_fields(self.overrides, _OVERRIDABLE)
+        for changes in self.overrides.values():
+            if changes is not None:
+                check_form(changes.get("bits", self.bits), changes.get("group_size", self.group_size))
 
     def form(self, path: str, part: Part) -> Form | None:
         """Say how the weight of the module at `path` is quantized, `None` for not at all."""
         bits = {"linear": self.bits, "embedding": self.embedding, "head": self.head}[part]
         form = None if bits is None else Form(bits, self.group_size, self.symmetric)
-        for pattern, changes in self.overrides.items():
-            if fnmatch.fnmatchcase(path, pattern):
-                base = form or Form(self.bits, self.group_size, self.symmetric)
-                form = None if changes is None else Form(**{**asdict(base), **changes})
+        for changes in matching(self.overrides, path):
+            base = form or Form(self.bits, self.group_size, self.symmetric)
+            form = None if changes is None else replace(base, **changes)
         return form
+
+    def overridden(self, path: str) -> bool:
+        """Whether an override matches the weight at `path`."""
+        return any(True for _ in matching(self.overrides, path))
 
     def check_names(self, paths: Iterable[str]) -> None:
         """Refuse overrides that match no weight.
@@ -96,21 +93,19 @@ class Quantize:
         Raises:
             UnsupportedOptionError: With near matches.
         """
-        known = list(paths)
-        for pattern in self.overrides:
-            if not fnmatch.filter(known, pattern):
-                near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
-                raise UnsupportedOptionError(
-                    f"the override {pattern!r} matches none of the {len(known)} weights; near: {', '.join(near)}"
-                )
+        check_names(self.overrides, paths)
 
-    def apply(self, weight: FloatArray, form: Form, name: str) -> QuantizedArray:
+    def apply(
+        self, weight: FloatArray, form: Form, name: str, statistics: Statistics | None = None
+    ) -> QuantizedArray:
         """Quantize one weight.
 
         Args:
             weight: `(rows, columns)` float32.
             form: From `form`.
             name: Name of the weight, for messages.
+            statistics: What the linear has read; none are needed here. A method that needs them rounds a
+                weight without any (an embedding, a head that is tied to one) to the nearest code.
 
         Raises:
             InputError: It holds NaN or infinity.
@@ -119,6 +114,4 @@ class Quantize:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the step as plain data for a recipe."""
-        overrides = {k: None if v is None else dict(v) for k, v in self.overrides.items()}
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {"step": "quantize", **fields, "overrides": overrides}
+        return plain_fields(self)

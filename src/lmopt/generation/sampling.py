@@ -15,7 +15,8 @@ from lmopt.types import FloatArray, IntArray
 
 _LANES = 64  # the k-th largest value is looked for in the maxima of so many values first
 _BLOCK = 256  # entries that are summed in one go
-_LIKELY = (3e-5, 1e-6)  # probability that a token needs to be looked at first, and then
+_LIKELY = (3e-5, 1e-5, 1e-6)  # probability that a token needs to be looked at first, and then
+_SORTED = 2048  # entries that are sorted in less time than it takes to fill the bins
 _BINS, _BINS_PER_UNIT = 1024, 32  # for finding a border: 32 nats in steps of 1/32, the rest in the last bin
 
 
@@ -98,21 +99,20 @@ def draw(choice: Choice, uniform: float) -> int:
         choice: What is possible; the scores need not be normalised.
         uniform: From [0, 1).
     """
-    weights = _weights(choice.scores, choice.scores.max())
-    if weights.size <= _BLOCK:
-        index = _invert(weights, uniform)
+    scores = choice.scores
+    best = scores.max()
+    if scores.size <= _BLOCK:
+        index = _invert(_weights(scores, best).cumsum(dtype=np.float64), uniform)
     else:
         # Choose a block by its sum first: a running sum over a whole vocabulary takes half a millisecond.
-        whole = weights.size // _BLOCK
-        blocks, last = weights[: whole * _BLOCK].reshape(whole, _BLOCK), weights[whole * _BLOCK :]
+        blocks = np.zeros((-(-scores.size // _BLOCK), _BLOCK), np.float32)
+        _weights(scores, best, out=blocks.reshape(-1)[: scores.size])
         sums = blocks.sum(axis=1)
-        if last.size:
-            last = np.pad(last, (0, _BLOCK - last.size))
-            sums = np.append(sums, last.sum())
-        block = _invert(sums, uniform)
-        total, before = float(sums.sum(dtype=np.float64)), float(sums[:block].sum(dtype=np.float64))
-        rest = min(max(0.0, (uniform * total - before) / float(sums[block])), 1.0)
-        index = block * _BLOCK + _invert(blocks[block] if block < whole else last, rest)
+        running = sums.cumsum(dtype=np.float64)
+        block = _invert(running, uniform)
+        before = float(running[block - 1]) if block else 0.0
+        rest = min(max(0.0, (uniform * float(running[-1]) - before) / float(sums[block])), 1.0)
+        index = block * _BLOCK + _invert(blocks[block].cumsum(dtype=np.float64), rest)
     return index if choice.ids is None else int(choice.ids[index])
 
 
@@ -130,8 +130,8 @@ def largest(values: FloatArray, count: int) -> IntArray:
     return candidates[order]
 
 
-def _weights(scores: FloatArray, best: np.float32) -> FloatArray:
-    weights: FloatArray = scores - best
+def _weights(scores: FloatArray, best: np.float32, out: FloatArray | None = None) -> FloatArray:
+    weights: FloatArray = np.subtract(scores, best, out=out)
     np.exp(weights, out=weights)
     return weights
 
@@ -150,10 +150,13 @@ def _not_below_kth(values: FloatArray, k: int) -> IntArray:
     return kept
 
 
-def _invert(weights: FloatArray, uniform: float) -> int:
-    """Position at which the running sum of weights passes the fraction `uniform` of their total."""
-    # In float64: a float32 running sum is off by more than rare tokens weigh.
-    cumulative = weights.cumsum(dtype=np.float64)
+def _invert(cumulative: FloatArray, uniform: float) -> int:
+    """Position at which a running sum of weights passes the fraction `uniform` of their total.
+
+    Args:
+        cumulative: float64: a float32 running sum is off by more than rare tokens weigh.
+        uniform: From [0, 1].
+    """
     index = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
     if index == cumulative.size:  # the product was rounded up to the total
         index = int(cumulative.searchsorted(cumulative[-1], side="left"))
@@ -173,10 +176,25 @@ def _nucleus(scores: FloatArray, top_p: float) -> IntArray:
             heavy = weights[likely]
             mass = float(heavy.sum(dtype=np.float64))
             if likely.size and mass >= needed:
-                return likely[_lightest(best - scores[likely], heavy, needed)]
+                return likely[_nearest(best - scores[likely], heavy, needed)]
             if mass < needed / 2:
                 break
-    return _lightest(best - scores, weights, needed)
+    return _nearest(best - scores, weights, needed)
+
+
+def _nearest(keys: FloatArray, weights: FloatArray, needed: float) -> IntArray:
+    """As `_lightest`, for keys of which the weights are `exp(-key)`: a few are sorted at once."""
+    if keys.size > _SORTED:
+        return _lightest(keys, weights, needed)
+    ordered = np.sort(keys)
+    count = int(np.exp(-ordered).cumsum(dtype=np.float64).searchsorted(needed)) + 1
+    if count >= keys.size:  # beyond it, where the sum was rounded down
+        return np.arange(keys.size)
+    border = ordered[count - 1]
+    kept = np.flatnonzero(keys <= border)
+    if kept.size > count:  # of equal keys at the border, those of the lowest positions
+        kept = np.delete(kept, np.flatnonzero(keys[kept] == border)[count - kept.size :])
+    return kept
 
 
 def _typical(scores: FloatArray, mass: float) -> IntArray:

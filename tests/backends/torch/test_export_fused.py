@@ -351,6 +351,10 @@ def test_what_cannot_be_expressed_falls_back_to_the_portable_graph_and_says_why(
     said = artifact.manifest["formats"]["onnx"]
     assert said["target"] == "portable"
     assert reason in said["fallback"]
+    assert (
+        f"not the one that was asked for, because {said['fallback']}"
+        in artifact.file("README.md").read_text()
+    )
     assert {node.domain for node in load_graph(artifact).node} == {""}
 
 

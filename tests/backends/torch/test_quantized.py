@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import lmopt
+from lmopt.backends.torch.compressing import by_matrix
 from lmopt.backends.torch.quantized import QuantizedEmbedding, QuantizedLinear, quantized_parts
-from lmopt.backends.torch.quantizing import describe, find_weights, quantize_module, stored_bytes
+from lmopt.backends.torch.quantizing import describe, find_weights, stored_bytes
 from lmopt.compression import Quantize
 from lmopt.compression.layout import BITS, Grid, QuantizedArray, pack, quantize
+from lmopt.compression.step import Setting
 from lmopt.errors import CorruptArtifactError, UnsupportedError, UnsupportedOptionError
 from lmopt.testing.models import tiny_gpt, tiny_llama
 
@@ -74,13 +76,13 @@ def model() -> lmopt.Model:
 def small(model: lmopt.Model) -> lmopt.Model:
     step = Quantize(bits=4, group_size=32, symmetric=False)
     return model.with_module(
-        quantize_module(model.module, step, model.facts.vocab_size), recipe=[step.to_dict()]
+        by_matrix(model.module, step, Setting(model.facts.vocab_size)), recipe=[step.to_dict()]
     )
 
 
 def test_the_original_is_left_alone(model: lmopt.Model) -> None:
     before = model.fingerprint()
-    quantize_module(model.module, Quantize(), model.facts.vocab_size)
+    by_matrix(model.module, Quantize(), Setting(model.facts.vocab_size))
     assert model.fingerprint() == before
     assert not quantized_parts(model.module)
 
@@ -108,11 +110,11 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     module.lm_head.weight = module.model.embed_tokens.weight
     module.config.tie_word_embeddings = True
     vocab = module.config.vocab_size
-    small = quantize_module(module, Quantize(), vocab)
+    small = by_matrix(module, Quantize(), Setting(vocab))
     assert small.lm_head.codes.data_ptr() == small.model.embed_tokens.codes.data_ptr()
     assert small.lm_head.weight.data_ptr() == small.model.embed_tokens.weight.data_ptr()
     with pytest.raises(UnsupportedOptionError, match="one weight"):
-        quantize_module(module, Quantize(head=None), vocab)
+        by_matrix(module, Quantize(head=None), Setting(vocab))
     model = lmopt.Model.from_module(module).with_module(small)
     model.save_pretrained(tmp_path / "m")
     back = lmopt.Model.from_pretrained(tmp_path / "m")
@@ -136,7 +138,9 @@ def test_a_folder_brings_back_the_same_model(small: lmopt.Model, tmp_path: Path)
 
 def test_an_own_module_comes_back_by_its_class(tmp_path: Path) -> None:
     model = lmopt.Model.from_module(tiny_gpt(seed=1))
-    small = model.with_module(quantize_module(model.module, Quantize(group_size=16), model.facts.vocab_size))
+    small = model.with_module(
+        by_matrix(model.module, Quantize(group_size=16), Setting(model.facts.vocab_size))
+    )
     small.save_pretrained(tmp_path / "m")
     back = lmopt.Model.from_module(tiny_gpt(seed=2)).load_weights(tmp_path / "m")
     ids = torch.tensor([[1, 5, 9]])

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import lmopt
+from lmopt.backends.torch.compressing import by_matrix
 from lmopt.backends.torch.quantized import QuantizedEmbedding, QuantizedLinear, quantized_parts
-from lmopt.backends.torch.quantizing import quantize_module, set_part
+from lmopt.backends.torch.quantizing import set_part
 from lmopt.compression import Quantize
 from lmopt.compression.layout import Grid, QuantizedArray
+from lmopt.compression.step import Setting
 from lmopt.errors import UnsupportedOptionError
 from lmopt.testing.models import tiny_llama
 
@@ -42,7 +44,7 @@ def small_model(kind: str) -> lmopt.Model:
         "int8": Quantize(8, 16, symmetric=False),
         "offset": Quantize(4, 16, symmetric=False, embedding=4, head=4),
     }[kind]
-    small = model.with_module(quantize_module(model.module, step, model.facts.vocab_size))
+    small = model.with_module(by_matrix(model.module, step, Setting(model.facts.vocab_size)))
     return with_offsets(small) if kind == "offset" else small
 
 

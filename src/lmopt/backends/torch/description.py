@@ -1,13 +1,13 @@
 """A model in memory and what is to be known of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from lmopt.backends.torch.language_model import device_of
+from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.errors import UnsupportedError
 from lmopt.tokenizer import Tokenizer
@@ -73,6 +73,19 @@ def from_transformers(module: nn.Module, tokenizer: Tokenizer | None) -> Loaded:
     )
 
 
+def describe_again(loaded: Loaded, module: nn.Module) -> Loaded:
+    """Describe another module that reads and answers as a model's own does.
+
+    Args:
+        loaded: The model.
+        module: The module; a transformers model brings its own configuration.
+    """
+    stated: Any = module
+    config = stated.config.to_dict() if is_transformers(module) else loaded.config
+    facts = replace(loaded.facts, parameters=count_parameters(module))
+    return replace(loaded, module=module, facts=facts, config=config)
+
+
 def context_length(config: Any) -> int | None:
     """Read how many positions a model was built for, by whichever of the usual names it uses.
 
@@ -96,15 +109,17 @@ def find_vocab_size(module: nn.Module) -> int:
     """Run a module on two short rows: measure its logits and see that it does not look ahead.
 
     Raises:
-        UnsupportedError: It does not map ids to logits, or is not causal.
+        UnsupportedError: It does not map ids to logits, is not causal, or answers with NaN.
     """
     device = device_of(module)
     first = _logits(module, torch.zeros(1, 1, dtype=torch.int64, device=device))
     vocab_size = first.shape[-1]
     if vocab_size > 1:
         rows = _logits(module, torch.tensor([[0, 0], [0, 1]], device=device))[:, 0].float()
+        if bool(rows.isnan().any()):
+            raise UnsupportedError(_why_nan(module))
         slack = (2e-2 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4) * float(rows.abs().max())
-        if not torch.allclose(rows[0], rows[1], rtol=0, atol=slack, equal_nan=True):
+        if not torch.allclose(rows[0], rows[1], rtol=0, atol=slack):
             raise UnsupportedError(
                 f"{type(module).__name__} is not causal: its logits after the first token change with the "
                 "second. "
@@ -125,3 +140,20 @@ def _logits(module: nn.Module, ids: Tensor) -> Tensor:
             f"shape {(*ids.shape, 'vocab_size')}: see lmopt.backends.torch.language_model.LanguageModel"
         )
     return logits
+
+
+def _why_nan(module: nn.Module) -> str:
+    """Say which weights are to blame for NaN logits."""
+    weights = [*module.named_parameters(), *module.named_buffers()]
+    bad = [name for name, one in weights if one.is_floating_point() and bool(one.isnan().any())]
+    told = f"the logits of {type(module).__name__} are NaN"
+    if not bad:
+        return (
+            f"{told}, although none of its weights is: a value overflows on the way. Try it in float32 "
+            "(dtype='float32', or module.float())."
+        )
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return (
+        f"{told}, since these weights hold NaN: {', '.join(bad[:3])}{more}. Training may have diverged, or a file be "
+        "damaged: take an earlier checkpoint, or a fresh copy."
+    )

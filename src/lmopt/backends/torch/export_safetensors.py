@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmopt.backends.torch.language_model import is_transformers
 from lmopt.backends.torch.quantized import quantized_parts
+from lmopt.backends.torch.resizing import stated_widths
 from lmopt.backends.torch.saving import write_weights
 from lmopt.contracts import ExportRequest
 from lmopt.errors import ParityError, UnsupportedOptionError
@@ -49,7 +50,7 @@ def _as_written(module: nn.Module) -> dict[str, Tensor]:
     transformers writes some architectures (experts, above all) as their authors published them.
     """
     state: dict[str, Tensor] = module.state_dict()
-    if not is_transformers(module) or quantized_parts(module):
+    if not is_transformers(module) or quantized_parts(module) or stated_widths(module):
         return state
     try:
         from transformers.core_model_loading import revert_weight_conversion

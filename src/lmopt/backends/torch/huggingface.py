@@ -1,6 +1,5 @@
 """Call any transformers causal language model with its cache as a flat list of tensors."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,6 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lmopt.backends.torch.attention import position_attention
+from lmopt.backends.torch.cache_name import cache_name, cache_of, parameters_of
 from lmopt.backends.torch.language_model import Decoder
 from lmopt.errors import UnsupportedError
 from lmopt.signature import ATTENTION_MASK, POSITION_IDS
@@ -24,17 +24,12 @@ class HuggingFaceDecoder(Decoder):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        names = inspect.signature(module.forward).parameters
+        names = parameters_of(module)
         # A model that is not written against the interface may look at slots instead of positions
         # (GPT-Neo's local layers do), where no short probe would show it: it gets no padding.
         self.takes_mask = ATTENTION_MASK in names and cast("Any", module)._can_set_attn_implementation()
         self.takes_positions = POSITION_IDS in names
-        if "past_key_values" not in names:
-            raise UnsupportedError(
-                f"{type(module).__name__} takes no past_key_values; lmopt runs causal language models that keep "
-                "a key-value cache. Wrap it as a LanguageModel (lmopt.Model.from_module) to run it by its own "
-                "state."
-            )
+        self._cache_name = cache_name(module)
 
     def forward(
         self,
@@ -54,13 +49,22 @@ class HuggingFaceDecoder(Decoder):
         # Any: nn.Module's attributes are tensors or modules to a type checker.
         model: Any = self.module
         with position_attention(model):
-            result = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options)
-        return result.logits, [leaf for _, leaf in _leaves(result.past_key_values, self.module)]
+            result = model(input_ids=input_ids, use_cache=True, **{self._cache_name: cache}, **options)
+        return result.logits, [leaf for _, leaf in _leaves(cache_of(result), self.module)]
 
     def start(self, input_ids: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
         """Read a text from its start exactly as transformers does."""
-        result = self.module(input_ids=input_ids, past_key_values=DynamicCache(), use_cache=True)
-        return result.logits, _leaves(result.past_key_values, self.module)
+        try:
+            result = self.module(input_ids=input_ids, use_cache=True, **{self._cache_name: DynamicCache()})
+        except Exception as error:
+            if getattr(self.module, "_is_stateful", False):
+                raise UnsupportedError(
+                    f"{type(self.module).__name__} keeps a recurrent state besides keys and values, or instead of "
+                    "them; lmopt runs transformers models with a key-value cache in every layer. Wrap it as a "
+                    "LanguageModel (lmopt.Model.from_module) to run it by its own state."
+                ) from error
+            raise
+        return result.logits, _leaves(cache_of(result), self.module)
 
 
 def _leaves(cache: object, module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -18,12 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from lmopt.backends.torch.description import Loaded, from_transformers
+from lmopt.backends.torch.foreign import METHODS, load_foreign
 from lmopt.backends.torch.quantized_files import load_state
-from lmopt.backends.torch.quantizing import METHOD
+from lmopt.backends.torch.quantizing import METHOD, VERSION
+from lmopt.backends.torch.resizing import WIDTHS, apply_widths
 from lmopt.backends.torch.tokenizer import load_tokenizer
 from lmopt.backends.torch.trust import INDEX, WEIGHTS, check_folder
 from lmopt.errors import (
-    ArtifactNotFoundError,
     CorruptArtifactError,
     LmoptError,
     UnsupportedError,
@@ -47,20 +48,24 @@ def load_folder(folder: Path, *, dtype: str = "auto", trust: bool = False, progr
         UnsafeArtifactError: It needs a grant of trust, or a name or link leaves the folder.
         ArtifactNotFoundError: It has no config or no weights.
         CorruptArtifactError: A file is damaged, or weights are missing, left over or misshapen.
-        UnsupportedError: The model is not a causal language model, or is stored quantized.
+        UnsupportedError: The model is not a causal language model, or is quantized in a way that lmopt does
+            not know.
     """
     check_dtype(dtype)
     raw = check_folder(folder, trust=trust)
     quantized = raw.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-    if isinstance(quantized, dict) and method == METHOD:
+    if isinstance(quantized, dict) and method in (METHOD, *METHODS):
         return _load_quantized(folder, raw, quantized, dtype=dtype, progress=progress)
     if quantized is not None:
         raise UnsupportedError(
-            f"{folder / 'config.json'} says that the weights are quantized ({method}). lmopt loads plain "
-            "float "
-            "weights: use the original model, or dequantize it with the library that wrote it."
+            f"{folder / 'config.json'} says that the weights are quantized ({method}). lmopt loads float weights and "
+            f"those quantized by {', '.join((METHOD, *METHODS))}: use the original model, or dequantize it with the "
+            "library that wrote it."
         )
+    if WIDTHS in raw:
+        unquantized = {"quant_method": METHOD, "version": VERSION, "parts": {}}
+        return _load_quantized(folder, raw, unquantized, dtype=dtype, progress=progress)
     with quiet(progress):
         config = read_config(folder, raw, trust)
         if not (trust and "auto_map" in raw):
@@ -93,7 +98,7 @@ def load_folder(folder: Path, *, dtype: str = "auto", trust: bool = False, progr
 def _load_quantized(
     folder: Path, raw: Mapping[str, Any], quantized: Mapping[str, Any], *, dtype: str, progress: bool
 ) -> Loaded:
-    """Load a model that lmopt saved quantized: build it, then put the stored parts in."""
+    """Load a model saved quantized, or by lmopt with layers of unequal width: build it, then put the parts in."""
     blobs = hub_blobs(folder)
     if (folder / WEIGHTS).exists():
         paths: tuple[Path, ...] = (contained(folder, WEIGHTS, allow_symlinks_into=blobs),)
@@ -102,13 +107,18 @@ def _load_quantized(
     with quiet(progress):
         config = read_config(folder, raw, trust=False)
         require_causal(config, str(folder))
-        # What it says is for lmopt; transformers knows no such method.
-        del config.quantization_config
+        # What it says is for lmopt; transformers knows no such method, or would want the library.
+        if "quantization_config" in raw:
+            del config.quantization_config
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         stated = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
         with no_init_weights():
             module = kind._from_config(config, dtype=stated)
-        load_state(module, quantized, paths, str(folder))
+        # Some classes (GPT-2's) skip this together with the drawing of weights.
+        module.tie_weights()
+        apply_widths(module, raw.get(WIDTHS, {}), str(folder))
+        load = load_state if quantized["quant_method"] == METHOD else load_foreign
+        load(module, quantized, paths, str(folder))
         if (folder / "generation_config.json").exists():
             module.generation_config = transformers.GenerationConfig.from_pretrained(
                 folder, local_files_only=True
@@ -190,31 +200,6 @@ def _weight(entry: str | tuple[str, Sequence[int], Sequence[int]]) -> str:
 def _shortened(names: list[str]) -> str:
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
-
-
-def fetch(name: str, *, revision: str | None, local_files_only: bool, trust: bool) -> Path:
-    """Bring a model of the Hugging Face hub into its cache and return the folder.
-
-    Raises:
-        ArtifactNotFoundError: There is no such model, or the hub cannot be reached.
-    """
-    import huggingface_hub
-
-    patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=local_files_only,
-                allow_patterns=[*patterns, "*.bin", "*.py"] if trust else patterns,
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise ArtifactNotFoundError(
-            f"{name!r} is no file or folder here (looked in {Path.cwd()}), and it could not be had from the "
-            f"Hugging Face hub: {type(error).__name__}: {error}"
-        ) from error
 
 
 def check_dtype(dtype: str) -> None:

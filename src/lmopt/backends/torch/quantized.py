@@ -62,6 +62,10 @@ class Quantized(nn.Module):
         """Number of weights that the codes stand for."""
         return self.grid.rows * self.grid.columns
 
+    def forget(self) -> None:
+        """Let go of the dequantized weight, until it is asked for again."""
+        self._dense.clear()
+
     def array(self) -> QuantizedArray:
         """The stored weight in NumPy, on the CPU."""
         stored = {name: getattr(self, name) for name in STORED}
@@ -177,6 +181,9 @@ class _Dense:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Dense, ()
+
+    def clear(self) -> None:
+        self._made_of, self._weight = (), None
 
     def of(self, part: Quantized) -> Tensor:
         stored = [getattr(part, name) for name in STORED]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ _SIZES: Final = ("rows", "columns", "bits", "group_size")
 
 def save_state(module: nn.Module, path: Path) -> None:
     """Write a module's weights, shared ones under their first name only."""
+    save_file(distinct_state(module), str(path), metadata={"format": "pt"})
+
+
+def distinct_state(module: nn.Module) -> dict[str, Tensor]:
+    """List a module's weights on the CPU, shared ones under their first name only."""
     seen: set[tuple[Any, ...]] = set()
     kept: dict[str, Tensor] = {}
     for name, tensor in module.state_dict().items():
@@ -32,7 +38,7 @@ def save_state(module: nn.Module, path: Path) -> None:
             continue
         seen.add(key)
         kept[name] = tensor.detach().cpu().contiguous()
-    save_file(kept, str(path), metadata={"format": "pt"})
+    return kept
 
 
 def load_state(module: nn.Module, described: Mapping[str, Any], paths: Iterable[Path], name: str) -> None:
@@ -48,7 +54,7 @@ def load_state(module: nn.Module, described: Mapping[str, Any], paths: Iterable[
         CorruptArtifactError: A description, an array or a weight is missing, malformed or left over.
         UnsupportedError: The description is of a newer version.
     """
-    tensors = _read(paths, name)
+    tensors = read_tensors(paths, name)
     parts = _described(described, name)
     made: dict[str, Quantized] = {}
     # What others are tied to comes first.
@@ -73,10 +79,15 @@ def load_state(module: nn.Module, described: Mapping[str, Any], paths: Iterable[
             raise CorruptArtifactError(f"{where} does not fit {type(module).__name__}: {error}") from error
         made[path] = new if tied_to is None else new.share(made[tied_to])
         set_part(module, path, new)
-    _load_rest(module, tensors, name)
+    load_rest(module, tensors, name)
 
 
-def _read(paths: Iterable[Path], name: str) -> dict[str, Tensor]:
+def read_tensors(paths: Iterable[Path], name: str) -> dict[str, Tensor]:
+    """Read all tensors of safetensors files.
+
+    Raises:
+        CorruptArtifactError: A file is damaged.
+    """
     tensors: dict[str, Tensor] = {}
     try:
         for path in paths:
@@ -123,7 +134,12 @@ def _array(path: str, entry: Mapping[str, Any], tensors: dict[str, Tensor], wher
         raise CorruptArtifactError(f"{where} is damaged: {error}") from error
 
 
-def _load_rest(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+def load_rest(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Load what is not quantized into a module whose quantized parts are in place.
+
+    Raises:
+        CorruptArtifactError: A weight is missing, left over or misshapen.
+    """
     state = module.state_dict()
     expected = {key for key in state if key.rpartition(".")[2] not in STORED or not _is_stored(module, key)}
     left_over = sorted(tensors.keys() - expected)
@@ -132,7 +148,18 @@ def _load_rest(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> N
     misshapen = sorted(
         key for key in expected & tensors.keys() if tuple(state[key].shape) != tuple(tensors[key].shape)
     )
-    faults = {"missing": missing, "not part of the model": left_over, "misshapen": misshapen}
+    tied: dict[tuple[Any, ...], str] = {}
+    differing = [
+        f"{first} and {key}"
+        for key in state
+        if key in tensors and key in expected and state[key].numel()
+        if (first := tied.setdefault((state[key].data_ptr(), state[key].shape), key)) != key
+        and not torch.equal(tensors[first], tensors[key])
+    ]
+    faults = {
+        "missing": missing, "not part of the model": left_over, "misshapen": misshapen,
+        "tied, but different": differing,
+    }  # fmt: skip
     if told := [f"{kind}: {', '.join(keys[:5])}" for kind, keys in faults.items() if keys]:
         raise CorruptArtifactError(
             f"the weights of {name} do not fit its config.json; {'; '.join(told)}. Get a complete copy of the model."

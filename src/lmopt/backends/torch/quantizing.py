@@ -1,12 +1,11 @@
 """Find the weights of a module that can be quantized, and make a copy in which they are."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from lmopt.backends.torch.language_model import is_transformers
@@ -56,8 +55,8 @@ def find_weights(module: nn.Module, vocab_size: int) -> list[Weight]:
             if part is not embedding and (embedding is not None or part.num_embeddings != vocab_size):
                 continue
             kind = "embedding"
-        elif type(part) is nn.Linear or _is_conv1d(part):
-            is_head = part is head or (head is None and _matrix(part).shape[0] == vocab_size)
+        elif type(part) is nn.Linear or is_conv1d(part):
+            is_head = part is head or (head is None and matrix_of(part).shape[0] == vocab_size)
             kind = "head" if is_head else "linear"
         else:
             continue
@@ -90,7 +89,7 @@ def replace_weights(
         part: Any = parts[weight.path]
         source = None if weight.tied is None else made[weight.tied]
         if weight.tied is None:
-            matrix: FloatArray = _matrix(part).detach().float().cpu().numpy()
+            matrix: FloatArray = matrix_of(part).detach().float().cpu().numpy()
             if not np.isfinite(matrix).all():
                 raise InputError(f"{weight.path} holds NaN or infinity: the model is damaged already")
             array = quantize(weight, np.ascontiguousarray(matrix))
@@ -147,11 +146,11 @@ def substitute(old: nn.Module, array: QuantizedArray) -> Quantized:
     Raises:
         UnsupportedOptionError: The old part is of another kind or size.
     """
-    if type(old) is not nn.Embedding and type(old) is not nn.Linear and not _is_conv1d(old):
+    if type(old) is not nn.Embedding and type(old) is not nn.Linear and not is_conv1d(old):
         raise UnsupportedOptionError(
             f"a {type(old).__name__} cannot be quantized; linears and embeddings can"
         )
-    expected = tuple(_matrix(old).shape)
+    expected = tuple(matrix_of(old).shape)
     if expected != (array.grid.rows, array.grid.columns):
         raise UnsupportedOptionError(
             f"the quantized weight is {array.grid.rows} x {array.grid.columns}, the part takes {expected}"
@@ -165,48 +164,18 @@ def _part(old: Any, array: QuantizedArray) -> Quantized:
     return QuantizedLinear(array, old.bias)
 
 
-def _matrix(part: Any) -> Tensor:
-    """The weight as `(out, in)`."""
+def matrix_of(part: Any) -> Tensor:
+    """Give the weight of a linear or an embedding as `(out, in)`."""
     weight: Tensor = part.weight
-    return weight.t() if _is_conv1d(part) else weight
+    return weight.t() if is_conv1d(part) else weight
 
 
-def _is_conv1d(part: nn.Module) -> bool:
+def set_matrix(part: Any, matrix: Tensor) -> None:
+    """Give a linear or an embedding another weight, `(out, in)`, in a parameter of its own."""
+    made = matrix.t().contiguous() if is_conv1d(part) else matrix
+    part.weight = nn.Parameter(made, requires_grad=part.weight.requires_grad)
+
+
+def is_conv1d(part: nn.Module) -> bool:
     """Say whether a part is GPT-2's linear, which stores its weight the other way round."""
     return type(part).__name__ == "Conv1D" and type(part).__module__ == "transformers.pytorch_utils"
-
-
-def quantize_module(module: nn.Module, step: Any, vocab_size: int) -> nn.Module:
-    """Apply a `lmopt.compression.Quantize` step to a copy of a module.
-
-    Raises:
-        UnsupportedOptionError: An override matches nothing, tied weights would be quantized differently,
-            or there is nothing to quantize.
-    """
-    weights = find_weights(module, vocab_size)
-    step.check_names([one.path for one in weights])
-    forms: Mapping[str, Any] = {one.path: step.form(one.path, one.part) for one in weights}
-    for one in weights:
-        if one.tied is not None and forms[one.path] != forms[one.tied]:
-            raise UnsupportedOptionError(
-                f"{one.path} and {one.tied} are one weight (tied); the step asks for {_told(forms[one.path])} and "
-                f"{_told(forms[one.tied])}. Give both the same: Quantize(embedding=8, head=8)"
-            )
-    if not any(forms.values()):
-        raise UnsupportedOptionError(
-            f"{type(module).__name__} has no linear or embedding that this step would quantize"
-            + (" (its weights are quantized already)" if quantized_parts(module) else "")
-        )
-
-    def round_off(one: Weight, matrix: FloatArray) -> QuantizedArray | None:
-        found: QuantizedArray | None = (
-            step.apply(matrix, forms[one.path], one.path) if forms[one.path] else None
-        )
-        return found
-
-    with torch.no_grad():
-        return replace_weights(module, weights, round_off)
-
-
-def _told(form: Any) -> str:
-    return "float" if form is None else f"{form.bits} bits in groups of {form.group_size}"

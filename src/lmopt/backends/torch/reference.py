@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lmopt.backends.torch.attention import own_attention
+from lmopt.backends.torch.cache_name import cache_name, cache_of
 from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.pages import give_back
 from lmopt.errors import EngineError
@@ -30,6 +31,7 @@ class FullForward:
         # Any: nn.Module's attributes are tensors or modules to a type checker.
         self._module: Any = module
         self._device = device_of(module)
+        self._cache_name = cache_name(module) if is_transformers(module) else ""
 
     def __call__(self, ids: IntArray) -> FloatArray:
         """Read `(sequence,)` ids at once; return `(sequence, vocab_size)` float32 logits."""
@@ -81,10 +83,10 @@ class FullForward:
             ) from error
 
     def _call(self, row: Tensor, state: Any) -> tuple[Tensor, Any]:
-        if is_transformers(self._module):
+        if self._cache_name:
             with own_attention():
-                result = self._module(input_ids=row, past_key_values=state, use_cache=True)
-            return result.logits, result.past_key_values
+                result = self._module(input_ids=row, use_cache=True, **{self._cache_name: state})
+            return result.logits, cache_of(result)
         result = self._module(row) if state is None else self._module(row, state)
         return result if isinstance(result, tuple) else (result, None)
 

@@ -12,31 +12,38 @@ from typing import Any, Final
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
 from lmopt.artifact import Artifact, publish
+from lmopt.backends.torch.compressed_tensors import METHOD as COMPRESSED_TENSORS
+from lmopt.backends.torch.compressed_tensors_writing import Written
+from lmopt.backends.torch.compressed_tensors_writing import write as write_compressed_tensors
 from lmopt.backends.torch.description import Loaded
 from lmopt.backends.torch.language_model import is_transformers
 from lmopt.backends.torch.loading import quiet
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.backends.torch.quantized_files import load_state, save_state
-from lmopt.backends.torch.quantizing import describe, stored_bytes
+from lmopt.backends.torch.quantizing import METHOD, describe, stored_bytes
+from lmopt.backends.torch.resizing import apply_structure, stated_widths, structure_of
 from lmopt.backends.torch.trust import CONFIG, WEIGHTS
-from lmopt.errors import ArtifactNotFoundError, CorruptArtifactError
+from lmopt.errors import ArtifactNotFoundError, CorruptArtifactError, UnsupportedOptionError
 
 FORMAT: Final = "safetensors"
+QUANTIZATION_FORMATS: Final = (METHOD, COMPRESSED_TENSORS)
+"""Formats of quantized weights that can be written."""
 
 # Where a configuration came from and who wrote it; the module's class and types are hashed anyway.
 _NOT_IDENTITY: Final = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
 
 
-def write_weights(module: nn.Module, staging: Path) -> dict[str, Any]:
+def write_weights(module: nn.Module, staging: Path, written: Written | None = None) -> dict[str, Any]:
     """Write weights, and for transformers models their configuration, into a folder.
 
     Args:
         module: The model.
         staging: Existing folder.
+        written: The model in the format of compressed-tensors, to be written in lmopt's place.
 
     Returns:
         What the manifest says of the format `"safetensors"`.
@@ -45,7 +52,15 @@ def write_weights(module: nn.Module, staging: Path) -> dict[str, Any]:
     entry: dict[str, Any] = {"class": type(module).__name__, "dtypes": dtypes}
     quantization = describe(module)
     entry["library"] = "transformers" if is_transformers(module) else "custom"
-    if quantization:
+    if structure := structure_of(module):
+        entry["structure"] = structure
+    if written is not None:
+        save_file(written.tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        _write_config(module, staging, written.quantization, dtype=written.dtype)
+        entry["quantization_format"] = COMPRESSED_TENSORS
+        entry["dequantized"] = list(written.dequantized)
+    elif quantization or stated_widths(module):
+        # By their own names: `load_state` reads them back into the parts as they are cut.
         save_state(module, staging / WEIGHTS)
         if is_transformers(module):
             _write_config(module, staging, quantization)
@@ -61,7 +76,9 @@ def write_weights(module: nn.Module, staging: Path) -> dict[str, Any]:
     return entry
 
 
-def _write_config(module: Any, staging: Path, quantization: Mapping[str, Any]) -> None:
+def _write_config(
+    module: Any, staging: Path, quantization: Mapping[str, Any], dtype: str | None = None
+) -> None:
     """Write transformers' files of a model, with what is said of its quantized parts."""
     with quiet():
         module.config.save_pretrained(staging)
@@ -71,7 +88,10 @@ def _write_config(module: Any, staging: Path, quantization: Mapping[str, Any]) -
     config = json.loads(path.read_text(encoding="utf-8"))
     # transformers itself writes both fields only when it saves weights too.
     config["architectures"] = [type(module).__name__]
-    config["quantization_config"] = quantization
+    if quantization:
+        config["quantization_config"] = quantization
+    if dtype is not None:
+        config["dtype"] = dtype
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -83,6 +103,8 @@ def save(
     overwrite: bool,
     recipe: Sequence[Mapping[str, Any]] = (),
     report: Mapping[str, Any] | None = None,
+    quantization_format: str = METHOD,
+    dequantize: bool = False,
 ) -> Artifact:
     """Publish a model as an lmopt artefact in Hugging Face layout.
 
@@ -93,14 +115,29 @@ def save(
         overwrite: Replace an artefact that is there.
         recipe: Steps by which it was compressed, for the manifest.
         report: What these cost, for the manifest.
+        quantization_format: One of `QUANTIZATION_FORMATS`.
+        dequantize: Write parts in float that this format cannot hold.
 
     Raises:
+        UnsupportedOptionError: There is no such format, or it cannot hold the model.
         ArtifactExistsError: The target holds something that may not be replaced.
         DiskFullError: The disk cannot hold it.
     """
+    if quantization_format not in QUANTIZATION_FORMATS or (dequantize and quantization_format == METHOD):
+        raise UnsupportedOptionError(
+            f"quantization_format is {quantization_format!r}; expected one of {', '.join(QUANTIZATION_FORMATS)}; "
+            f"dequantize goes with {COMPRESSED_TENSORS!r}"
+        )
+    written = (
+        write_compressed_tensors(loaded.module, dequantize=dequantize)
+        if quantization_format == COMPRESSED_TENSORS
+        else None
+    )
     needed = stored_bytes(loaded.module)
+    if written is not None:
+        needed = sum(one.numel() * one.element_size() for one in written.tensors.values())
     with publish(target, overwrite=overwrite, needed=needed) as draft:
-        draft.manifest["formats"] = {FORMAT: write_weights(loaded.module, draft.path)}
+        draft.manifest["formats"] = {FORMAT: write_weights(loaded.module, draft.path, written)}
         if loaded.tokenizer is not None:
             loaded.tokenizer.save(draft.path)
         draft.manifest["model"] = asdict(loaded.facts)
@@ -119,7 +156,8 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     Raises:
         ArtifactNotFoundError: The artefact holds no safetensors weights.
         CorruptArtifactError: They do not fit the module; the names are listed. Names are compared
-            first, so the module is then unchanged unless a shape differs.
+            first, so the module is then unchanged unless a shape differs. Blocks and channels that were cut
+            out of the saved model are cut out of this one first.
     """
     artifact = Artifact.open(folder)
     if FORMAT not in artifact.formats:
@@ -127,7 +165,10 @@ def load_weights(module: nn.Module, folder: Path) -> None:
             f"{folder} holds {', '.join(artifact.formats) or 'no format'}, no {FORMAT} weights. "
             f"Save them: model.save_pretrained(...)"
         )
-    quantization = artifact.manifest["formats"][FORMAT].get("quantization")
+    entry = artifact.manifest["formats"][FORMAT]
+    if "structure" in entry:
+        apply_structure(module, entry["structure"], str(folder))
+    quantization = entry.get("quantization")
     if quantization:
         load_state(module, quantization, [artifact.file(WEIGHTS)], str(folder))
         return

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lmopt.backends.torch.cache_name import cache_name
 from lmopt.backends.torch.fused.interface import MaskRule, PassingCache, watching
 from lmopt.backends.torch.fused.operators import (
     Past,
@@ -41,6 +42,7 @@ class FusedDecoder(nn.Module):
         super().__init__()
         self.module = twin
         self.plan = plan
+        self._cache_name = cache_name(twin)
         self._names: dict[int, str] = {}
         self._run: _Run | None = None
         parts = dict(twin.named_modules())
@@ -86,7 +88,10 @@ class FusedDecoder(nn.Module):
         try:
             with watching(run):
                 result = cast("Any", self.module)(
-                    input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True
+                    input_ids=input_ids,
+                    position_ids=position_ids,
+                    use_cache=True,
+                    **{self._cache_name: cache},
                 )
         finally:
             self._run = None

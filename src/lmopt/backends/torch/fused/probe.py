@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from lmopt.backends.torch.cache_name import cache_name
 from lmopt.backends.torch.fused.evidence import find_activation, find_linear, find_norm
 from lmopt.backends.torch.fused.interface import PassingCache, watching
 from lmopt.backends.torch.fused.plan import Layer, Linear, Norm, Plan, Rotary
@@ -90,7 +91,7 @@ def _run(
     ]
     try:
         with torch.no_grad(), watching(recorder):
-            twin(input_ids=ids, position_ids=_positions(twin), past_key_values=cache, use_cache=True)
+            twin(input_ids=ids, position_ids=_positions(twin), use_cache=True, **{cache_name(twin): cache})
     finally:
         for hook in hooks:
             hook.remove()

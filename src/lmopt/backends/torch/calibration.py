@@ -1,0 +1,298 @@
+"""Show linears what they read on calibration texts, block by block, while earlier blocks change.
+
+Where a model is a stack of equal blocks, each is run by itself on what the ones before it have made of the
+texts: two passes over the texts in all, and no more in memory than the texts' hidden states. That a stack may be
+run so is not believed but tried: the first texts must come out of it as they come out of the model. Everything
+else is run as a whole, as often as the statistics take to fit into memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmopt.backends.torch.attention import own_attention
+from lmopt.backends.torch.language_model import device_of, is_transformers
+from lmopt.backends.torch.quantized import quantized_parts
+from lmopt.compression.statistics import Statistics
+from lmopt.types import IntArray
+
+# Tokens that are run at once.
+_BATCH_TOKENS: Final = 4096
+# Bytes of statistics at once where a model has no blocks.
+_MOST_BYTES: Final = 1 << 29
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Some linears of a model, and what they have read.
+
+    Whoever iterates may change these linears before asking for the next stage, which sees the change.
+
+    Attributes:
+        statistics: By path; linears that read one tensor have one object.
+        block: Block that the linears are in, `None` for those outside of all.
+        run: Runs the block on a piece of text.
+    """
+
+    statistics: dict[str, Statistics]
+    block: nn.Module | None = None
+    run: Callable[[], Tensor] | None = None
+
+    def shared(self) -> list[list[str]]:
+        """Group the linears by what they read."""
+        groups: dict[int, list[str]] = {}
+        for path, one in self.statistics.items():
+            groups.setdefault(id(one), []).append(path)
+        return list(groups.values())
+
+
+def stages(module: nn.Module, rows: Sequence[IntArray], wanted: Sequence[str]) -> Iterator[Stage]:
+    """Go through a model in the order of computation.
+
+    Args:
+        module: The model, in evaluation mode.
+        rows: Calibration texts, `(tokens,)` ids of one length.
+        wanted: Paths of the linears whose input is asked for.
+
+    Yields:
+        Every wanted linear once, as far as the texts reach it.
+    """
+    ids = torch.from_numpy(_stack(rows)).to(device_of(module))
+    step = max(1, _BATCH_TOKENS // ids.shape[1])
+    batches = [ids[start : start + step] for start in range(0, len(ids), step)]
+    stack = find_stack(module)
+    inside: set[str] = set()
+    run = None if stack is None else _Stack.of(module, stack, batches)
+    if run is not None:
+        for number, (path, _) in enumerate(run.blocks):
+            paths = [one for one in wanted if one.startswith(path + ".")]
+            inside.update(paths)
+            if paths:
+                with gathering(module, paths) as gathered:
+                    run.read(number)
+                yield Stage(gathered(), run.blocks[number][1], partial(run.sample, number))
+            run.advance(number)
+    rest = [one for one in wanted if one not in inside]
+    for paths in _affordable(module, rest):
+        with gathering(module, paths) as gathered:
+            for batch in batches:
+                _whole(module, batch)
+        yield Stage(gathered())
+
+
+def find_stack(module: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Find the longest list of blocks of one class, `None` where there is none of two or more."""
+    best: tuple[str, nn.ModuleList] | None = None
+    for path, part in module.named_modules():
+        alike = isinstance(part, nn.ModuleList) and len({type(one) for one in part}) == 1
+        # An outer list comes before the lists inside its blocks.
+        if alike and len(part) > (1 if best is None else len(best[1])):
+            best = path, part
+    return best
+
+
+@contextmanager
+def gathering(module: nn.Module, paths: Sequence[str]) -> Iterator[Callable[[], dict[str, Statistics]]]:
+    """Watch what linears read; linears that read the same tensor share the work.
+
+    Yields:
+        A function that gives the statistics so far, of those that have read anything.
+    """
+    found: dict[str, _Sums] = {}
+    last: list[tuple[Tensor, str]] = []
+
+    def watch(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(part: nn.Module, args: tuple[Any, ...]) -> None:
+            x: Tensor = args[0]
+            if last and last[0][0] is x:
+                found[path] = found[last[0][1]]
+                return
+            last[:] = [(x, path)]
+            found.setdefault(path, _Sums(x.shape[-1], x.device)).add(x)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path in paths:
+            handle = module.get_submodule(path).register_forward_pre_hook(watch(path))
+            hooks.callback(handle.remove)
+        yield lambda: {path: sums.statistics() for path, sums in found.items()}
+
+
+class _Sums:
+    """Second moments and magnitudes of vectors, summed where they are computed."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._gram = torch.zeros(width, width, device=device)
+        self._abs = torch.zeros(width, dtype=torch.float64, device=device)
+        self._most = torch.zeros(width, device=device)
+        self._tokens = 0
+        self._made: Statistics | None = None
+
+    def add(self, x: Tensor) -> None:
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        self._gram.addmm_(flat.t(), flat)
+        size = flat.abs()
+        self._abs += size.sum(0)
+        self._most = torch.maximum(self._most, size.amax(0))
+        self._tokens += len(flat)
+        self._made = None
+
+    def statistics(self) -> Statistics:
+        if self._made is None:
+            self._made = Statistics(
+                gram=(self._gram / self._tokens).cpu().numpy(),
+                mean_abs=(self._abs / self._tokens).float().cpu().numpy(),
+                max_abs=self._most.cpu().numpy(),
+                tokens=self._tokens,
+            )
+        return self._made
+
+
+class _NotNowError(Exception):
+    """Ends a forward pass once what is wanted is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a model hands to a block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def matches(self, other: "_Call") -> bool:
+        return _same(self.args, other.args) and _same(self.kwargs, other.kwargs)
+
+
+class _Stack:
+    """Blocks that are run one by one on what those before them have made of the texts."""
+
+    def __init__(self, blocks: list[tuple[str, nn.Module]]) -> None:
+        self.blocks = blocks
+        self._calls: dict[int, list[_Call]] = {}  # by size of the batch
+        self._hidden: list[Tensor] = []
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, stack: tuple[str, nn.ModuleList], batches: list[Tensor]
+    ) -> "_Stack | None":
+        """Look how the model calls its blocks; `None` where it does more than call one after the other."""
+        path, parts = stack
+        run = cls([(f"{path}.{number}", part) for number, part in enumerate(parts)])
+        # The first text by itself comes first, as the sample.
+        for batch in [batches[0][:1], *batches]:
+            seen = _record(module, parts, batch, only_first=len(batch) in run._calls)
+            if not seen or seen[0][0] != 0:
+                return None
+            _, hidden, call = seen[0]
+            if len(batch) not in run._calls:
+                if [place for place, _, _ in seen] != list(range(len(parts))):
+                    return None
+                run._calls[len(batch)] = [call for _, _, call in seen]
+                if not run._leads(hidden, seen[-1][1]):
+                    return None
+            elif not call.matches(run._calls[len(batch)][0]):
+                return None
+            run._hidden.append(hidden)
+        return run
+
+    def read(self, number: int) -> None:
+        """Run a block for what its linears see."""
+        for hidden in self._hidden[1:]:
+            self._step(number, hidden)
+
+    def sample(self, number: int) -> Tensor:
+        """Run a block on the first text, and give what it makes of it."""
+        return self._step(number, self._hidden[0])
+
+    def advance(self, number: int) -> None:
+        """Run a block for what it hands on."""
+        for place, hidden in enumerate(self._hidden):
+            self._hidden[place] = self._step(number, hidden)
+        for part in quantized_parts(self.blocks[number][1]).values():
+            part.forget()
+
+    def _leads(self, hidden: Tensor, expected: Tensor) -> bool:
+        """Whether the blocks, one after the other, hand the last one what the model hands it."""
+        for number in range(len(self.blocks) - 1):
+            hidden = self._step(number, hidden)
+        return hidden.shape == expected.shape and torch.allclose(hidden, expected, rtol=1e-4, atol=1e-5)
+
+    def _step(self, number: int, hidden: Tensor) -> Tensor:
+        call = self._calls[len(hidden)][number]
+        # Not around the whole loop: whoever changes weights between two stages must not be inside of it.
+        with torch.inference_mode(), own_attention():
+            result = self.blocks[number][1](hidden, *call.args, **call.kwargs)
+        given: Tensor = result[0] if isinstance(result, tuple) else result
+        return given
+
+
+def _record(
+    module: nn.Module, parts: nn.ModuleList, batch: Tensor, *, only_first: bool
+) -> list[tuple[int, Tensor, _Call]]:
+    """Run a model and note how it calls its blocks; nothing where that is not by hidden states."""
+    seen: list[tuple[int, Tensor, _Call]] = []
+
+    def watch(place: int) -> Any:
+        def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(hidden, Tensor) or len(hidden) != len(batch):
+                raise _NotNowError
+            rest = {name: one for name, one in kwargs.items() if args or name != "hidden_states"}
+            seen.append((place, hidden, _Call(args[1:], rest)))
+            if only_first:
+                raise _NotNowError
+
+        return hook
+
+    with ExitStack() as hooks:
+        for place, part in enumerate(parts):
+            hooks.callback(part.register_forward_pre_hook(watch(place), with_kwargs=True).remove)
+        with suppress(_NotNowError):
+            _whole(module, batch)
+    return seen
+
+
+def _whole(module: Any, batch: Tensor) -> None:
+    with torch.inference_mode(), own_attention():
+        if is_transformers(module):
+            module(input_ids=batch, use_cache=False)
+        else:
+            module(batch)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether a block is told the same for other texts."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other)
+
+
+def _affordable(module: nn.Module, paths: Sequence[str]) -> Iterator[list[str]]:
+    """Cut paths into groups whose statistics fit into memory."""
+    group: list[str] = []
+    used = 0
+    for path in paths:
+        part: Any = module.get_submodule(path)
+        width = part.weight.shape[0] if not hasattr(part, "in_features") else part.in_features
+        if group and used + 4 * width**2 > _MOST_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(path)
+        used += 4 * width**2
+    if group:
+        yield group
+
+
+def _stack(rows: Sequence[IntArray]) -> IntArray:
+    return np.stack([np.asarray(row, np.int64) for row in rows])

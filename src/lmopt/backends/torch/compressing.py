@@ -1,0 +1,186 @@
+"""Apply steps that change one matrix at a time: quantizers and pruners of single weights."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmopt.backends.torch.calibration import Stage, stages
+from lmopt.backends.torch.quantized import Quantized, quantized_parts
+from lmopt.backends.torch.quantizing import Weight, find_weights, matrix_of, set_matrix, set_part, substitute
+from lmopt.backends.torch.scaling import find_producer, multiply
+from lmopt.compression.layout import QuantizedArray
+from lmopt.compression.scaling import scaled
+from lmopt.compression.statistics import Statistics
+from lmopt.compression.step import Setting
+from lmopt.errors import InputError, UnsupportedOptionError
+from lmopt.types import FloatArray
+
+
+def by_matrix(module: nn.Module, step: Any, setting: Setting) -> nn.Module:
+    """Apply a step to a copy of a module, weight by weight.
+
+    Weights inside the model's blocks are changed block by block, each on what the changed blocks before it
+    make of the texts, so that a block can make up for their errors.
+
+    Args:
+        module: The module; it is only read.
+        step: Has `form(path, part)`, `check_names(paths)` and `apply(weight, form, name, statistics)`,
+            which gives a `QuantizedArray` or a `(out, in)` float32 matrix.
+        setting: Calibration texts, and whom to tell.
+
+    Raises:
+        InputError: A weight is not finite.
+        UnsupportedOptionError: A pattern matches nothing, tied weights would be changed differently, or
+            there is nothing to change.
+    """
+    weights = find_weights(module, setting.vocab_size)
+    step.check_names([one.path for one in weights])
+    forms: Mapping[str, Any] = {one.path: step.form(one.path, one.part) for one in weights}
+    _check_forms(module, weights, forms)
+    changing = [one for one in weights if forms[one.path] is not None]
+    small = shallow_copy(module)
+    tied: dict[str, list[str]] = {}
+    for one in changing:
+        if one.tied is not None:
+            tied.setdefault(one.tied, []).append(one.path)
+    left = {one.path for one in changing if one.tied is None}
+    done = 0
+
+    def change(path: str, statistics: Statistics | None) -> None:
+        nonlocal done
+        before = _matrix(small, path)
+        changed = step.apply(before, forms[path], path, statistics)
+        after = changed.values() if isinstance(changed, QuantizedArray) else changed
+        setting.errors[path] = relative_error(before, after, statistics)
+        first = _put(small, path, changed)
+        for other in tied.get(path, ()):
+            _tie(small, other, first)
+        left.discard(path)
+        done += 1
+        setting.progress(step.name, done, len(changing) - sum(map(len, tied.values())))
+
+    with torch.no_grad():
+        if step.needs_texts:
+            # A look-up has no input that is worth a statistic, and a tied weight is the look-up's.
+            linears = [one.path for one in changing if one.part != "embedding" and one.path in left]
+            linears = [path for path in linears if path not in tied]
+            for stage in stages(small, setting.rows, linears):
+                for path, statistics in _scale(small, stage, step, forms).items():
+                    change(path, statistics)
+        for path in sorted(left, key=[one.path for one in changing].index):
+            change(path, None)
+        own(small, module)
+    return small.eval()
+
+
+def _scale(module: nn.Module, stage: Stage, step: Any, forms: Mapping[str, Any]) -> dict[str, Statistics]:
+    """Scale inputs where the step wants to and a producer can take it; give the statistics after that."""
+    found = dict(stage.statistics)
+    choose = getattr(step, "scales", None)
+    if choose is None or stage.block is None or stage.run is None:
+        return found
+    for paths in stage.shared():
+        readers: list[Any] = [module.get_submodule(path) for path in paths]
+        statistics = stage.statistics[paths[0]]
+        producer = find_producer(stage.block, readers, stage.run)
+        if producer is None:
+            continue
+        scales = choose(
+            [_matrix(module, path) for path in paths], [forms[path] for path in paths], statistics
+        )
+        if scales is None:
+            continue
+        own = producer.own(torch.from_numpy(scales).to(readers[0].weight.device))
+        spread = producer.spread(own)
+        producer.divide(own)
+        multiply(readers, spread)
+        after = scaled(statistics, spread.cpu().numpy())
+        found.update(dict.fromkeys(paths, after))
+    return found
+
+
+def relative_error(before: FloatArray, after: FloatArray, statistics: Statistics | None) -> float:
+    """Compute `||(W - W') X|| / ||W X||`, over the weight alone where nothing is known of `X`."""
+    error = before - after
+    if statistics is None:
+        over, of = float(np.vdot(error, error)), float(np.vdot(before, before))
+    else:
+        over = float(np.vdot(error @ statistics.gram, error))
+        of = float(np.vdot(before @ statistics.gram, before))
+    return float(np.sqrt(max(over, 0.0) / of)) if of > 0 else 0.0
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """Copy a module that shares every weight with the original, until a part is replaced."""
+    memo: dict[int, Any] = {id(one): one for one in (*module.parameters(), *module.buffers())}
+    copied: nn.Module = copy.deepcopy(module, memo)
+    return copied
+
+
+def own(small: nn.Module, original: nn.Module) -> None:
+    """Give a copy weights of its own in place of those that it still shares with the original."""
+    shared = {id(one) for one in (*original.parameters(), *original.buffers())}
+    copies: dict[int, Tensor] = {}
+
+    def fresh(one: Tensor) -> Tensor:
+        if id(one) not in copies:
+            made = one.detach().clone()
+            copies[id(one)] = nn.Parameter(made, one.requires_grad) if isinstance(one, nn.Parameter) else made
+        return copies[id(one)]
+
+    for part in small.modules():
+        for group in (part._parameters, part._buffers):
+            for name, one in group.items():
+                if one is not None and id(one) in shared:
+                    group[name] = fresh(one)  # type: ignore[assignment]
+
+
+def _check_forms(module: nn.Module, weights: list[Weight], forms: Mapping[str, Any]) -> None:
+    for one in weights:
+        if one.tied is not None and forms[one.path] != forms[one.tied]:
+            raise UnsupportedOptionError(
+                f"{one.path} and {one.tied} are one weight (tied); the step asks for {_told(forms[one.path])} and "
+                f"{_told(forms[one.tied])}. Give both the same, such as embedding=8, head=8"
+            )
+    if all(form is None for form in forms.values()):
+        raise UnsupportedOptionError(
+            f"{type(module).__name__} has no linear or embedding that this step would change"
+            + (" (its weights are quantized already)" if quantized_parts(module) else "")
+        )
+
+
+def _told(form: Any) -> str:
+    if form is None:
+        return "to leave it as it is"
+    return f"{form.bits} bits in groups of {form.group_size}" if hasattr(form, "bits") else str(form)
+
+
+def _matrix(module: nn.Module, path: str) -> FloatArray:
+    matrix: FloatArray = matrix_of(module.get_submodule(path)).detach().float().cpu().numpy()
+    if not np.isfinite(matrix).all():
+        raise InputError(f"{path} holds NaN or infinity: the model is damaged already")
+    return np.ascontiguousarray(matrix)
+
+
+def _put(module: nn.Module, path: str, changed: QuantizedArray | FloatArray) -> nn.Module:
+    """Put a changed weight in its place; give the part that holds it now."""
+    part: Any = module.get_submodule(path)
+    if not isinstance(changed, QuantizedArray):
+        set_matrix(part, torch.from_numpy(changed).to(part.weight.device, part.weight.dtype))
+        return part  # type: ignore[no-any-return]
+    new = substitute(part, changed).to(part.weight.device)
+    set_part(module, path, new)
+    return new
+
+
+def _tie(module: nn.Module, path: str, first: nn.Module) -> None:
+    """Give a part the very weight of another."""
+    part: Any = module.get_submodule(path)
+    if isinstance(first, Quantized):
+        set_part(module, path, substitute(part, first.array()).to(part.weight.device).share(first))
+    else:
+        part.weight = first.weight

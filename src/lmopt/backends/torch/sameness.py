@@ -1,0 +1,58 @@
+"""Refuse a changed copy of a model that does not compute what it should."""
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from lmopt.backends.torch.attention import own_attention
+from lmopt.backends.torch.language_model import as_decoder, device_of, is_transformers
+from lmopt.errors import LmoptError, UnsupportedError
+
+# Share of the largest logit that the order of operations explains in a deep model.
+_ROUNDING: Final = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+def require_same(small: nn.Module, expected: nn.Module, work: str) -> None:
+    """Refuse a changed copy that does not compute what it should.
+
+    Args:
+        small: The copy.
+        expected: A model that computes what the copy should.
+        work: What was done, for the message.
+
+    Raises:
+        UnsupportedError: It cannot be run, or its logits differ.
+    """
+    name = type(small).__name__
+    theirs = logits_of(expected, *_sample(small))
+    try:
+        ours = logits_of(small, *_sample(small))
+        as_decoder(small)
+    except Exception as error:
+        reason = str(error) if isinstance(error, LmoptError) else f"{type(error).__name__}: {error}"
+        raise UnsupportedError(
+            f"{name} does not run after {work}: its code or a part of it fixes a size that has changed ({reason})"
+        ) from error
+    limit = _ROUNDING.get(theirs.dtype, 0.05) * float(theirs.float().abs().max())
+    difference = (
+        float((ours.float() - theirs.float()).abs().max()) if ours.shape == theirs.shape else float("inf")
+    )
+    if not difference <= limit:
+        raise UnsupportedError(
+            f"{name} computes something else after {work} (logits differ by {difference:.3g}, {limit:.3g} is "
+            "rounding): its code depends on a size that has changed. Nothing was changed"
+        )
+
+
+def logits_of(module: Any, ids: Tensor) -> Tensor:
+    """Run a module on `(batch, tokens)` ids in its own way, without a cache."""
+    with torch.no_grad(), own_attention():
+        result = module(input_ids=ids, use_cache=False) if is_transformers(module) else module(ids)
+    found: Tensor = result[0] if isinstance(result, tuple) else getattr(result, "logits", result)
+    return found
+
+
+def _sample(module: nn.Module) -> tuple[Tensor]:
+    """Ids to compare two models on."""
+    return (torch.arange(16, device=device_of(module)).reshape(2, 8),)

@@ -1,0 +1,185 @@
+"""Measure what rounding each weight would cost, and quantize under a budget."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lmopt.backends.torch.attention import own_attention
+from lmopt.backends.torch.calibration import gathering
+from lmopt.backends.torch.compressing import by_matrix
+from lmopt.backends.torch.language_model import device_of, is_transformers
+from lmopt.backends.torch.quantizing import find_weights, matrix_of
+from lmopt.compression.mixed import Candidate, Mixed, choose_widths, grid_bytes
+from lmopt.compression.statistics import Statistics
+from lmopt.compression.step import Setting
+from lmopt.errors import InputError
+from lmopt.types import IntArray
+
+# Tokens of a piece: logits and their gradients are held for so many at once.
+_PIECE: Final = 256
+
+
+def by_budget(module: nn.Module, step: Mixed, setting: Setting) -> nn.Module:
+    """Choose a width for each weight, and quantize a copy of a module.
+
+    Args:
+        module: The module; it is only read.
+        step: The budget, and how to quantize.
+        setting: Calibration texts, and whom to tell.
+
+    Raises:
+        UnsupportedOptionError: The budget is too small.
+        InputError: There are no calibration texts.
+    """
+    candidates = predicted(module, step, setting)
+    free = {path for one in candidates for path in one.paths}
+    budget = 0.0
+    for one in find_weights(module, setting.vocab_size):
+        form = step.quantizer.form(one.path, one.part)
+        if form is not None and one.tied is None:
+            rows, columns = matrix_of(module.get_submodule(one.path)).shape
+            budget += step.average_bits / 8 * rows * columns
+            if one.path not in free:
+                budget -= grid_bytes(rows, columns, form.bits, form.group_size, form.symmetric)
+    chosen = choose_widths(candidates, int(budget))
+    widths = {
+        path: step.choices[choice]
+        for one, choice in zip(candidates, chosen, strict=True)
+        for path in one.paths
+    }
+    return by_matrix(module, step.with_widths(widths), setting)
+
+
+def predicted(module: nn.Module, step: Mixed, setting: Setting) -> list[Candidate]:
+    """Predict for each weight inside the model what each width costs, in nats of KL divergence a token.
+
+    Args:
+        module: The module; it is only read.
+        step: Widths, and how to quantize.
+        setting: Calibration texts, and whom to tell.
+
+    Raises:
+        InputError: There are no calibration texts.
+    """
+    if not setting.rows:
+        raise InputError("step 'mixed' measures sensitivities on calibration texts; there are none")
+    free = [
+        one.path
+        for one in find_weights(module, setting.vocab_size)
+        if one.part == "linear" and one.tied is None and not step.quantizer.overridden(one.path)
+    ]
+    read, sent = _curvature(module, free, setting, step.tokens)
+    candidates = []
+    groups = _together(free, read)
+    for paths in groups:
+        candidates.append(_candidate(module, paths, step, read, sent))
+        setting.progress("try widths", len(candidates), len(groups))
+    return candidates
+
+
+def _curvature(
+    module: nn.Module, paths: list[str], setting: Setting, most: int
+) -> tuple[dict[str, Statistics], dict[str, NDArray[np.float64]]]:
+    """Second moments of what linears read, and of the gradients at what they send, a token."""
+    sent: dict[str, Tensor] = {}
+    tokens = 0
+    generator = torch.Generator().manual_seed(0)
+    device = device_of(module)
+
+    def watch(path: str) -> Any:
+        def hook(part: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            def add(gradient: Tensor) -> None:
+                squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
+                sent[path] = sent[path] + squares if path in sent else squares
+
+            result.register_hook(add)
+
+        return hook
+
+    with gathering(module, paths) as gathered, ExitStack() as hooks:
+        hooks.enter_context(_only_activations(module, setting.vocab_size))
+        for path in paths:
+            hooks.callback(module.get_submodule(path).register_forward_hook(watch(path)).remove)
+        pieces = _pieces(setting, most)
+        for number, ids in enumerate(pieces):
+            row = torch.from_numpy(np.ascontiguousarray(ids, np.int64))[None].to(device)
+            with torch.enable_grad(), own_attention():
+                logits = _logits(module, row)[0].float()
+                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
+                # Any: torch's own annotations leave `backward` out.
+                loss: Any = nn.functional.cross_entropy(logits, drawn[:, 0].to(device), reduction="sum")
+                loss.backward()
+            tokens += len(ids)
+            setting.progress("sensitivities", number + 1, len(pieces))
+        read = gathered()
+    return read, {path: (squares / tokens).cpu().numpy() for path, squares in sent.items()}
+
+
+@contextmanager
+def _only_activations(module: nn.Module, vocab_size: int) -> Iterator[None]:
+    """Let gradients flow from the embedding on, and to no weight: those of weights would double the memory."""
+    wanted = [(one, one.requires_grad) for one in module.parameters()]
+    parts = [
+        one for one in module.modules() if isinstance(one, nn.Embedding) and one.num_embeddings >= vocab_size
+    ]
+    hooks = [part.register_forward_hook(lambda part, args, result: result.requires_grad_()) for part in parts]
+    for one, _ in wanted:
+        one.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for one, before in wanted:
+            one.requires_grad_(before)
+
+
+def _together(free: list[str], read: dict[str, Statistics]) -> list[list[str]]:
+    """Group weights that read the same tensor."""
+    groups: dict[int, list[str]] = {}
+    for path in free:
+        if path in read:
+            groups.setdefault(id(read[path]), []).append(path)
+    return list(groups.values())
+
+
+def _candidate(
+    module: nn.Module,
+    paths: list[str],
+    step: Mixed,
+    read: dict[str, Statistics],
+    sent: dict[str, NDArray[np.float64]],
+) -> Candidate:
+    """Predict what each width costs some weights."""
+    costs, sizes = np.zeros(len(step.choices)), np.zeros(len(step.choices), np.int64)
+    for path in paths:
+        weight = np.ascontiguousarray(matrix_of(module.get_submodule(path)).detach().float().cpu().numpy())
+        gram, slope = read[path].gram, sent[path]
+        for number, bits in enumerate(step.choices):
+            form = replace(step.quantizer, bits=bits).form(path, "linear")
+            assert form is not None
+            error = weight - step.quantizer.apply(weight, form, path).values()
+            costs[number] += 0.5 * float(
+                slope @ np.einsum("nk,nk->n", error @ gram, error).astype(np.float64)
+            )
+            sizes[number] += grid_bytes(len(weight), weight.shape[1], bits, form.group_size, form.symmetric)
+    return Candidate(tuple(paths), tuple(costs.tolist()), tuple(sizes.tolist()))
+
+
+def _pieces(setting: Setting, most: int) -> list[IntArray]:
+    """Cut so many tokens of the texts into pieces."""
+    pieces = [row[start : start + _PIECE] for row in setting.rows for start in range(0, len(row), _PIECE)]
+    kept = max(1, most // max(map(len, pieces)))
+    return pieces[:kept]
+
+
+def _logits(module: Any, row: Tensor) -> Tensor:
+    result = module(input_ids=row, use_cache=False).logits if is_transformers(module) else module(row)
+    logits: Tensor = result[0] if isinstance(result, tuple) else result
+    return logits

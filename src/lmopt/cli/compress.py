@@ -1,0 +1,253 @@
+"""`lmopt compress`: make a model smaller by a recipe, and say what that cost."""
+
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lmopt.cli.opening import open_model, open_runtime
+from lmopt.cli.options import Source, Trust, assignments
+from lmopt.cli.output import Output, size
+
+if TYPE_CHECKING:
+    from lmopt.compression.calibration import Calibration
+    from lmopt.compression.step import Step
+    from lmopt.evaluation.loss import CompressionReport
+    from lmopt.evaluation.tolerances import Tolerance
+    from lmopt.model import Model
+
+
+def compress(
+    out: Output,
+    source: Source,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="Folder to create; it appears complete or not at all.", show_default=False
+        ),
+    ],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="JSON file of steps (or an artefact's lmopt.json), or the name of one step, with its fields by "
+            "--set: --recipe gptq --set bits=4 --set group_size=64. `lmopt backends` lists the steps.",
+            show_default=False,
+        ),
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A field of a step given by name; repeatable."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Text that the model reads while steps need it.",
+            show_default=False,
+        ),
+    ] = None,
+    self_calibrate: Annotated[
+        bool, typer.Option("--self-calibrate", help="Let the model write the calibration text (slow).")
+    ] = False,
+    rows: Annotated[int, typer.Option(min=1, help="Stretches of calibration text.")] = 128,
+    row_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a stretch.")] = 512,
+    seed: Annotated[int, typer.Option(help="Chooses the stretches.")] = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Text to measure the loss on; not the calibration's. Default: a few built-in sentences.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of --text to measure on.")] = 8192,
+    tolerance: Annotated[
+        str | None,
+        typer.Option(help="Refuse a loss beyond this row of lmopt's table: int8, int4.", show_default=False),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Refuse a larger mean KL divergence, in nats.", show_default=False)
+    ] = None,
+    max_perplexity_ratio: Annotated[
+        float | None, typer.Option(min=1.0, help="Refuse a larger ratio of perplexities.", show_default=False)
+    ] = None,
+    speed: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENGINE",
+            help="Measure prefill and decode before and after on this engine, such as onnxruntime.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the weights, or auto: the model's own.")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an artefact that is at OUT.")
+    ] = False,
+    trust: Trust = False,
+) -> None:
+    """Compress a model and measure the loss.
+
+    Where the loss exceeds a limit that was given, nothing is written and the exit status is 1. Without a limit,
+    one that is unusual for the width is a warning.
+    """
+    from lmopt.compressor import Compressor, LossWarning
+    from lmopt.evaluation import PeakMemory
+
+    steps = _steps(recipe, assignments(set_, "--set"))
+    compressor = Compressor(steps, tolerance=_limits(tolerance, max_kl, max_perplexity_ratio))
+    began = time.perf_counter()
+    with PeakMemory() as memory:
+        model = open_model(out, source, dtype=dtype, trust=trust)
+        texts = None if text is None else [_head(model, text, tokens)]
+        with out.progress() as tell, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", LossWarning)
+            small = compressor.compress(
+                model,
+                calibration=_calibration(calibration, self_calibrate, rows, row_tokens, seed),
+                texts=texts,
+                progress=tell,
+            )
+        artifact = small.save_pretrained(folder, overwrite=overwrite)
+    seconds = time.perf_counter() - began
+    for one in caught:
+        out.warn(str(one.message))
+    report = small.report
+    assert report is not None
+    show(out, report)
+    out.text(
+        f"{artifact.path}: {size(sum(one.stat().st_size for one in artifact.path.iterdir()))}; "
+        f"{seconds:.0f} s in all, peak memory {size(memory.peak_bytes)}"
+    )
+    measured = {} if speed is None else _speeds(out, model, small, speed)
+    out.note(f'Next: lmopt run {folder} --backend onnxruntime "The capital of France is"')
+    out.result(
+        {
+            "artifact": artifact.path,
+            "recipe": [step.to_dict() for step in steps],
+            "loss": report.to_dict(),
+            "seconds": seconds,
+            "peak_memory_bytes": memory.peak_bytes,
+            "speed": measured,
+        }
+    )
+
+
+def show(out: Output, report: "CompressionReport") -> None:
+    """Write a report as tables."""
+    one = report.difference
+    out.table(
+        ["", "before", "after", "change"],
+        [
+            [
+                "weights",
+                size(report.float_bytes),
+                size(report.bytes),
+                f"{report.float_bytes / report.bytes:.2f}x smaller",
+            ],
+            [
+                "perplexity",
+                f"{report.float_perplexity:.3f}",
+                f"{report.perplexity:.3f}",
+                f"x {report.perplexity_ratio:.4f} +- {report.perplexity_ratio_stderr:.4f}",
+            ],
+        ],
+        title=f"Loss on {report.tokens:,} tokens of {report.texts} texts",
+    )
+    out.table(
+        ["KL mean", "median", "p99", "max", "top-1", "top-1 with ties"],
+        [
+            [
+                *(f"{value:.4g}" for value in (one.kl_mean, one.kl_p50, one.kl_p99, one.kl_max)),
+                f"{one.top1_raw:.2%}",
+                f"{one.top1:.2%}",
+            ]
+        ],
+        left=0,
+    )
+    if report.layer_errors:
+        rows = [[path, f"{error:.2%}"] for path, error in report.worst_layers]
+        out.table(["worst layers", "error of the output"], rows)
+
+
+def _steps(recipe: str, fields: dict[str, Any]) -> "list[Step]":
+    from lmopt.compression.recipe import load_recipe, step_from_dict
+
+    if Path(recipe).is_file():
+        if fields:
+            raise typer.BadParameter("a recipe's file says its fields itself", param_hint="--set")
+        return load_recipe(recipe)
+    return [step_from_dict({"step": recipe, **fields})]
+
+
+def _calibration(
+    path: Path | None, self_calibrate: bool, rows: int, row_tokens: int, seed: int
+) -> "Calibration | None":
+    from lmopt.compression.calibration import Calibration
+
+    if path is not None and self_calibrate:
+        raise typer.BadParameter(
+            "give a file or let the model write, not both", param_hint="--self-calibrate"
+        )
+    if path is None and not self_calibrate:
+        return None
+    texts = None if path is None else (path.read_text(encoding="utf-8"),)
+    return Calibration(texts, rows=rows, row_tokens=row_tokens, seed=seed)
+
+
+def _limits(row: str | None, max_kl: float | None, max_perplexity_ratio: float | None) -> "Tolerance | None":
+    from dataclasses import replace
+
+    from lmopt.evaluation.tolerances import Tolerance, tolerance_for
+
+    if row is None and max_kl is None and max_perplexity_ratio is None:
+        return None
+    limits = Tolerance("given", kl_mean=float("inf"), top1=0.0, perplexity_ratio=float("inf"))
+    if row is not None:
+        limits = tolerance_for(row)
+    if max_kl is not None:
+        limits = replace(limits, kl_mean=max_kl)
+    if max_perplexity_ratio is not None:
+        limits = replace(limits, perplexity_ratio=max_perplexity_ratio)
+    return limits
+
+
+def _head(model: "Model", path: Path, tokens: int) -> str:
+    """Give so many tokens of a file's text."""
+    words = path.read_text(encoding="utf-8")
+    if model.tokenizer is None:
+        return words
+    # No token is shorter than a character by more than this: what is cut off here is not needed.
+    return model.tokenizer.decode(
+        model.tokenizer.encode(words[: 16 * tokens])[:tokens], skip_special_tokens=True
+    )
+
+
+def _speeds(out: Output, model: "Model", small: "Model", engine: str) -> dict[str, Any]:
+    """Measure the original and the compressed model on an engine, round by round."""
+    from lmopt.evaluation import compare_speed
+
+    half = min(128, (model.facts.context_length or 256) // 2)
+    with (
+        open_runtime(out, model, backend=engine) as before,
+        open_runtime(out, small, backend=engine) as after,
+        out.progress() as tell,
+    ):
+        found = compare_speed(
+            {"before": before.engine, "after": after.engine},
+            prompt_tokens=half,
+            new_tokens=half,
+            progress=lambda done, total: tell("measure speed", done, total),
+        )
+    rows = [
+        [name, str(one.prefill_tokens_per_s), str(one.decode_tokens_per_s)] for name, one in found.items()
+    ]
+    title = f"Speed on {engine}, prompt {half}, {half} new tokens"
+    out.table(["", "prefill tokens/s", "decode tokens/s"], rows, title=title)
+    ratio = found["after"].decode_tokens_per_s.median / found["before"].decode_tokens_per_s.median
+    if ratio < 1:
+        out.warn(f"the compressed model is SLOWER on {engine}: {ratio:.2f}x the original's decoding speed")
+    return {**found, "decode_ratio": ratio}

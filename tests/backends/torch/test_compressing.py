@@ -1,0 +1,187 @@
+"""Steps that change one matrix at a time, applied to whole models."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lmopt.backends.torch.compressing import by_matrix, relative_error
+from lmopt.backends.torch.quantized import quantized_parts
+from lmopt.backends.torch.quantizing import find_weights, matrix_of
+from lmopt.backends.torch.scaling import find_producer
+from lmopt.compression import AWQ, GPTQ, Quantize
+from lmopt.compression.statistics import Statistics
+from lmopt.compression.step import Setting
+from lmopt.errors import InputError, UnsupportedOptionError
+from lmopt.testing.models import VOCAB_SIZE as VOCAB
+from lmopt.testing.models import tiny_gpt, tiny_llama
+
+
+def setting(count=6, width=32):
+    return Setting(VOCAB, list(np.random.default_rng(0).integers(0, VOCAB, (count, width))))
+
+
+def logits(module):
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, VOCAB, (2, 24)))
+    with torch.no_grad():
+        result = module(ids)
+    return (result.logits if hasattr(result, "logits") else result[0]).float()
+
+
+def build(kind):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    if kind == "qwen3":
+        made = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, **heads))
+    elif kind == "gemma3":
+        made = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, **heads))
+    elif kind == "gpt2":
+        made = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        )
+    else:
+        return tiny_llama() if kind == "llama" else tiny_gpt()
+    with torch.no_grad():
+        for one in made.parameters():
+            if one.dim() == 1:  # norms are born as ones, biases as zeros: neither would show a mistake
+                one.add_(torch.empty_like(one).uniform_(-0.3, 0.3))
+    return made.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class OnlyScales(Quantize):
+    """Scales inputs at random and rounds nothing."""
+
+    name: ClassVar[str] = "only-scales"
+    needs_texts: ClassVar[bool] = True
+
+    def scales(self, weights, forms, statistics):
+        width = weights[0].shape[1]
+        return np.random.default_rng(width).uniform(0.3, 3, width).astype(np.float32)
+
+    def apply(self, weight, form, name, statistics=None):
+        return weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("qwen3", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("gemma3", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("gpt2", {"c_attn", "c_fc"}),
+        ("gpt", {"qkv", "up"}),
+    ],
+)
+def test_scaled_inputs_leave_the_model_as_it_was(kind, expected):
+    module = build(kind)
+    small = by_matrix(module, OnlyScales(embedding=None, head=None), setting())
+    assert (logits(small) - logits(module)).abs().max() < 2e-4 * logits(module).abs().max()
+    before = {one.path: matrix_of(module.get_submodule(one.path)) for one in find_weights(module, VOCAB)}
+    changed = {
+        path.rpartition(".")[2]
+        for path, one in before.items()
+        if not torch.equal(one, matrix_of(small.get_submodule(path)))
+    }
+    # c_proj of GPT-2 and down of an own GPT follow an activation: nothing before them can take scales.
+    assert changed == expected
+
+
+def test_a_norm_with_another_reader_takes_no_scales():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            normed = self.norm(x)
+            return self.linear(normed) + normed
+
+    block = Block()
+    x = torch.randn(1, 5, 8)
+    assert find_producer(block, [block.linear], lambda: block(x)) is None
+
+
+@pytest.mark.parametrize("step", [Quantize(4, 16), GPTQ(4, 16), AWQ(4, 16, n_grid=4)])
+def test_the_original_stays_and_shares_nothing(step):
+    module = tiny_llama()
+    before = {name: one.clone() for name, one in module.state_dict().items()}
+    small = by_matrix(module, step, setting())
+    assert all(torch.equal(one, before[name]) for name, one in module.state_dict().items())
+    theirs = {one.data_ptr() for one in (*module.parameters(), *module.buffers())}
+    assert not theirs & {one.data_ptr() for one in (*small.parameters(), *small.buffers())}
+    assert all(not one.is_inference() for one in (*small.parameters(), *small.buffers()))
+    assert quantized_parts(small)
+
+
+@pytest.mark.parametrize("build_model", [tiny_llama, tiny_gpt])
+def test_methods_that_see_texts_lose_less(build_model):
+    module = build_model()
+    with torch.no_grad():
+        for part in module.modules():  # a few loud inputs, as trained models have them
+            if "Norm" in type(part).__name__:
+                part.weight[::9] *= 12
+    found = {}
+    for step in (Quantize(3, 32), GPTQ(3, 32), AWQ(3, 32)):
+        used = setting(16, 64)
+        small = by_matrix(module, step, used)
+        wanted = {one.path for one in find_weights(module, VOCAB) if one.tied is None}
+        assert used.errors.keys() == wanted
+        found[step.name] = (logits(small) - logits(module)).pow(2).mean()
+    assert found["gptq"] < found["rtn"]
+    assert found["awq"] < found["rtn"]
+
+
+def test_errors_are_those_of_the_outputs():
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(6, 5)).astype(np.float32)
+    other = weight + random.normal(size=(6, 5)).astype(np.float32) / 10
+    x = random.normal(size=(100, 5)).astype(np.float32)
+    read = Statistics((x.T @ x / 100).astype(np.float32), np.abs(x).mean(0), np.abs(x).max(0), 100)
+    expected = np.linalg.norm((weight - other) @ x.T) / np.linalg.norm(weight @ x.T)
+    assert relative_error(weight, other, read) == pytest.approx(expected, rel=1e-4)
+    plain = np.linalg.norm(weight - other) / np.linalg.norm(weight)
+    assert relative_error(weight, other, None) == pytest.approx(plain, rel=1e-5)
+    assert relative_error(np.zeros((2, 2), np.float32), np.zeros((2, 2), np.float32), None) == 0
+
+
+def test_equal_texts_give_equal_models():
+    module = tiny_llama()
+    one, other = (by_matrix(module, GPTQ(4, 16), setting()).state_dict() for _ in range(2))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tied_weights_stay_one():
+    module = tiny_llama()
+    module.lm_head.weight = module.model.embed_tokens.weight
+    small = by_matrix(module, GPTQ(4, 16), setting())
+    assert small.lm_head.codes.data_ptr() == small.model.embed_tokens.codes.data_ptr()
+    with pytest.raises(UnsupportedOptionError, match="one weight"):
+        by_matrix(module, GPTQ(4, 16, head=None), setting())
+
+
+def test_an_override_that_matches_nothing_names_near_ones():
+    with pytest.raises(UnsupportedOptionError, match=r"down_proj"):
+        by_matrix(tiny_llama(), GPTQ(4, 16, overrides={"*.downproj": None}), setting())
+
+
+def test_a_damaged_weight_is_named():
+    module = tiny_llama()
+    module.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj"):
+        by_matrix(module, Quantize(4, 16), setting())
+
+
+def test_progress_ends_at_its_total():
+    told = []
+    used = Setting(VOCAB, setting().rows, lambda stage, done, total: told.append((done, total)))
+    by_matrix(tiny_llama(), GPTQ(4, 16), used)
+    assert told[-1][0] == told[-1][1] == len(told)
