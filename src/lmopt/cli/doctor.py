@@ -32,7 +32,7 @@ def doctor(out: Output) -> None:
     out.result({"lmopt": __version__, "findings": findings})
 
 
-_ORDER = ("backends", "exporters", "packages", "accelerators", "machine", "privacy")
+_ORDER = ("backends", "exporters", "compressors", "packages", "accelerators", "machine", "privacy")
 
 
 def examine(plugins: list[Finding]) -> list[Finding]:

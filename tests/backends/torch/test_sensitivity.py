@@ -71,7 +71,9 @@ def test_the_budget_is_kept_and_used(average):
 
 def test_linears_that_read_one_tensor_get_one_width_and_overrides_stay():
     step = Mixed(
-        Quantize(group_size=32, overrides={"*.1.mlp.down_proj": {"bits": 8}}), average_bits=5.0, tokens=256
+        Quantize(group_size=32, embedding=4, head=4, overrides={"*.1.mlp.down_proj": {"bits": 8}}),
+        average_bits=6.0,
+        tokens=256,
     )
     small = by_budget(tiny_llama(), step, setting())
     for layer in small.model.layers:
