@@ -185,8 +185,8 @@ def compare_models(
     forward = backends.load("torch", target=f"{_TORCH_ROOM}.reference:FullForward")
     size = backends.load("torch", target=f"{_TORCH_ROOM}.quantizing:stored_bytes")
     return measure_loss(
-        forward(original.module),
-        forward(small.module),
+        forward(original.module, lean=True),
+        forward(small.module, lean=True),
         _windows(original, texts),
         bytes=size(small.module),
         float_bytes=size(original.module),

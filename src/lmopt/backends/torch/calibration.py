@@ -81,8 +81,8 @@ def stages(module: nn.Module, rows: Sequence[IntArray], wanted: Sequence[str]) -
     rest = [one for one in wanted if one not in inside]
     for paths in _affordable(module, rest):
         with gathering(module, paths) as gathered:
-            for batch in batches:
-                _whole(module, batch)
+            for place in range(len(ids)):
+                _whole(module, ids[place : place + 1])
         yield Stage(gathered())
 
 
@@ -185,7 +185,7 @@ class _Stack:
         """Look how the model calls its blocks; `None` where it does more than call one after the other."""
         path, parts = stack
         run = cls([(f"{path}.{number}", part) for number, part in enumerate(parts)])
-        # The first text by itself comes first, as the sample.
+        # The first text by itself comes first, as the sample; it also shows whether blocks run more than once.
         for batch in [batches[0][:1], *batches]:
             seen = _record(module, parts, batch, only_first=len(batch) in run._calls)
             if not seen or seen[0][0] != 0:
@@ -246,7 +246,8 @@ def _record(
                 raise _NotNowError
             rest = {name: one for name, one in kwargs.items() if args or name != "hidden_states"}
             seen.append((place, hidden, _Call(args[1:], rest)))
-            if only_first:
+            # Behind the last block there are only logits, which of a large batch take more than the weights.
+            if only_first or (place == len(parts) - 1 and len(batch) > 1):
                 raise _NotNowError
 
         return hook

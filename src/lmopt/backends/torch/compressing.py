@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmopt.backends.torch.calibration import Stage, stages
+from lmopt.backends.torch.pages import give_back
 from lmopt.backends.torch.quantized import Quantized, quantized_parts
 from lmopt.backends.torch.quantizing import Weight, find_weights, matrix_of, set_matrix, set_part, substitute
 from lmopt.backends.torch.scaling import find_producer, multiply
@@ -71,6 +72,7 @@ def by_matrix(module: nn.Module, step: Any, setting: Setting) -> nn.Module:
             for stage in stages(small, setting.rows, linears):
                 for path, statistics in _scale(small, stage, step, forms).items():
                     change(path, statistics)
+                give_back(module)
         for path in sorted(left, key=[one.path for one in changing].index):
             change(path, None)
         own(small, module)

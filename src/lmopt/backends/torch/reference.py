@@ -1,5 +1,6 @@
 """The honest oracle of the parity gate: the module as its author wrote it, one row, no cache."""
 
+from contextlib import ExitStack
 from typing import Any, Final
 
 import numpy as np
@@ -10,6 +11,7 @@ from lmopt.backends.torch.attention import own_attention
 from lmopt.backends.torch.cache_name import cache_name, cache_of
 from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.pages import give_back
+from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.errors import EngineError
 from lmopt.types import FloatArray, IntArray
 
@@ -25,19 +27,26 @@ class FullForward:
 
     Args:
         module: A transformers model or a module that meets `LanguageModel`.
+        lean: Whether to hold no weights longer than they are read: what is mapped from files is given back
+            after each row, and dequantized weights are computed anew for each.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, lean: bool = False) -> None:
         # Any: nn.Module's attributes are tensors or modules to a type checker.
         self._module: Any = module
         self._device = device_of(module)
+        self._lean = lean
         self._cache_name = cache_name(module) if is_transformers(module) else ""
 
     def __call__(self, ids: IntArray) -> FloatArray:
         """Read `(sequence,)` ids at once; return `(sequence, vocab_size)` float32 logits."""
-        with torch.inference_mode():
+        with ExitStack() as after, torch.inference_mode():
+            if self._lean:
+                after.callback(self.give_back)
+                for part in quantized_parts(self._module).values():
+                    after.callback(part.register_forward_hook(_forget).remove)
             logits, _ = self._run(self._row(ids), None)
-        return _numpy(logits[0])
+            return _numpy(logits[0])
 
     def rounding(self, ids: IntArray) -> FloatArray | None:
         """Measure what the order of operations alone does to the logits.
@@ -89,6 +98,10 @@ class FullForward:
             return result.logits, cache_of(result)
         result = self._module(row) if state is None else self._module(row, state)
         return result if isinstance(result, tuple) else (result, None)
+
+
+def _forget(part: Any, args: Any, result: Any) -> None:
+    part.forget()
 
 
 def _numpy(tensor: Tensor) -> FloatArray:
