@@ -109,6 +109,26 @@ def test_a_norm_with_another_reader_takes_no_scales():
     assert find_producer(block, [block.linear], lambda: block(x)) is None
 
 
+def test_a_loud_residual_stream_does_not_hide_a_wrong_producer():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            loud = torch.zeros_like(x)
+            loud[:, 0] = 1e6  # one token, as the first of a text often is
+            loud[..., 3] += 300
+            return x + loud + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+    block = Gated()
+    x = torch.randn(1, 40, 8)
+    found = find_producer(block, [block.down], lambda: block(x))
+    assert found is not None
+    assert found.module is block.up
+
+
 @pytest.mark.parametrize("step", [Quantize(4, 16), GPTQ(4, 16), AWQ(4, 16, n_grid=4)])
 def test_the_original_stays_and_shares_nothing(step):
     module = tiny_llama()
