@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from lmopt.compression.calibration import Calibration, choose_rows
-from lmopt.compression.step import Progress, Setting, Step
+from lmopt.compression.step import Progress, Setting, Step, silent
 from lmopt.contracts import EngineRequest
 from lmopt.errors import InputError, ParityError, UnsupportedOptionError
 from lmopt.evaluation.loss import CompressionReport, measure_loss
@@ -85,7 +85,7 @@ class Compressor:
                 and there is none.
             UnsupportedOptionError: The recipe does not fit the model.
         """
-        tell = progress or _silent
+        tell = progress or silent
         rows = self._rows(model, calibration, tell)
         small, errors = model, {}
         for step in self.steps:
@@ -216,7 +216,3 @@ def _windows(model: Model, texts: Sequence[str] | None) -> list[IntArray]:
 def _least_bits(steps: Sequence[Any]) -> float:
     """Width of the narrowest weights, by which the usual loss is judged."""
     return min(float(getattr(step, "bits", 4)) for step in steps)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Show nothing."""

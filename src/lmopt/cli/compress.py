@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmopt.cli.opening import open_model, open_runtime
-from lmopt.cli.options import Source, Trust, assignments
+from lmopt.cli.options import OutFolder, Overwrite, Source, Trust, WeightsDtype, assignments
 from lmopt.cli.output import Output, size
 
 if TYPE_CHECKING:
@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 def compress(
     out: Output,
     source: Source,
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT", help="Folder to create; it appears complete or not at all.", show_default=False
-        ),
-    ],
+    folder: OutFolder,
     recipe: Annotated[
         str,
         typer.Option(
@@ -83,10 +78,8 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the weights, or auto: the model's own.")] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an artefact that is at OUT.")
-    ] = False,
+    dtype: WeightsDtype = "auto",
+    overwrite: Overwrite = False,
     trust: Trust = False,
 ) -> None:
     """Compress a model and measure the loss.

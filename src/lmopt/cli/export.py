@@ -1,13 +1,12 @@
 """`lmopt export`: write a model in an engine's format, through the parity gate."""
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmopt.cli.opening import open_model
-from lmopt.cli.options import Source, Trust, assignments
+from lmopt.cli.options import OutFolder, Overwrite, Source, Trust, WeightsDtype, assignments
 from lmopt.cli.output import Output, size
 from lmopt.cli.tables import parity_table
 
@@ -18,12 +17,7 @@ if TYPE_CHECKING:
 def export(
     out: Output,
     source: Source,
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT", help="Folder to create; it appears complete or not at all.", show_default=False
-        ),
-    ],
+    folder: OutFolder,
     format_: Annotated[
         list[str] | None,
         typer.Option(
@@ -35,15 +29,13 @@ def export(
     target: Annotated[
         str | None, typer.Option(help="Dialect of the format; default: the exporter's first.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the weights, or auto: the model's own.")] = "auto",
+    dtype: WeightsDtype = "auto",
     opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Any other option of the exporter; repeatable."),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an artefact that is at OUT.")
-    ] = False,
+    overwrite: Overwrite = False,
     trust: Trust = False,
 ) -> None:
     """Export a model and prove that the result computes the same.

@@ -1,6 +1,7 @@
 """Options that several verbs share, each described once."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,14 @@ Source = Annotated[
         show_default=False,
     ),
 ]
+OutFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUT", help="Folder to create; it appears complete or not at all.", show_default=False
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artefact that is at OUT.")]
+WeightsDtype = Annotated[str, typer.Option(help="Type of the weights, or auto: the model's own.")]
 Backend = Annotated[
     str | None,
     typer.Option(help="Engine; default: torch, and for an artefact the engine that verified it."),

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from lmopt.compression.grid_search import encode, search_groups
-from lmopt.compression.layout import Grid, QuantizedArray, check_weight, quantize
+from lmopt.compression.layout import QuantizedArray, check_weight, quantize
 from lmopt.compression.round_to_nearest import Form, Quantize
 from lmopt.compression.scaling import search_scales
 from lmopt.compression.statistics import Statistics
@@ -59,7 +59,6 @@ class AWQ(Quantize):
             return quantize(weight, form.bits, form.group_size, symmetric=form.symmetric, what=name)
         check_weight(weight, name)
         statistics.check(weight.shape[1], name)
-        zero = "symmetric" if form.symmetric else "integer"
-        grid = Grid(len(weight), weight.shape[1], form.bits, form.group_size, zero)
+        grid = form.grid(len(weight), weight.shape[1])
         scales, zero_points = search_groups(weight, grid, np.diagonal(statistics.gram))
         return encode(weight, grid, scales, zero_points)

@@ -81,7 +81,7 @@ class GPTQ(Quantize):
         statistics.check(weight.shape[1], name)
         gram = statistics.gram
         rows, columns = weight.shape
-        grid = Grid(rows, columns, form.bits, form.group_size, "symmetric" if form.symmetric else "integer")
+        grid = form.grid(rows, columns)
         # Whatever an input that is always zero is multiplied by: 0 leaves the group's range to the others.
         weight = np.where(is_dead(gram), np.float32(0), weight)
         if self.search:

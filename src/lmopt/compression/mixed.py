@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
-from lmopt.compression.layout import Grid, check_form
+from lmopt.compression.layout import check_form
 from lmopt.compression.round_to_nearest import Quantize
 from lmopt.compression.step import plain_fields
 from lmopt.errors import UnsupportedOptionError
@@ -135,8 +135,3 @@ def choose_widths(candidates: Sequence[Candidate], budget_bytes: int) -> list[in
         _, number, choice = best
         used += candidates[number].bytes[choice] - candidates[number].bytes[chosen[number]]
         chosen[number] = choice
-
-
-def grid_bytes(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> int:
-    """Bytes of a quantized weight."""
-    return Grid(rows, columns, bits, group_size, "symmetric" if symmetric else "integer").nbytes()

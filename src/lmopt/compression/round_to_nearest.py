@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
-from lmopt.compression.layout import QuantizedArray, check_form, quantize
+from lmopt.compression.layout import Grid, QuantizedArray, check_form, quantize
 from lmopt.compression.overrides import Overrides, Part, check_fields, check_names, matching
 from lmopt.compression.statistics import Statistics
 from lmopt.compression.step import plain_fields
@@ -26,6 +26,11 @@ class Form:
     bits: int
     group_size: int
     symmetric: bool
+
+    def grid(self, rows: int, columns: int) -> Grid:
+        """Give the form of a weight of this size."""
+        zero = "symmetric" if self.symmetric else "integer"
+        return Grid(rows, columns, self.bits, self.group_size, zero)
 
 
 @dataclass(frozen=True, slots=True)

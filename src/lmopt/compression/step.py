@@ -10,6 +10,10 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of a stage of the work, the steps done and their total."""
 
 
+def silent(stage: str, done: int, total: int) -> None:
+    """Tell nobody of progress."""
+
+
 @runtime_checkable
 class Step(Protocol):
     """A step of a recipe: a frozen dataclass named after its method, whose fields are the method's symbols.
@@ -48,7 +52,7 @@ class Setting:
 
     vocab_size: int
     rows: Sequence[IntArray] = ()
-    progress: Progress = lambda stage, done, total: None
+    progress: Progress = silent
     errors: dict[str, float] = field(default_factory=dict)
 
 

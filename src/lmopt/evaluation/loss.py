@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmopt.errors import InputError
-from lmopt.evaluation.divergence import DifferenceMeter, LogitsDifference, log_softmax
+from lmopt.evaluation.divergence import DifferenceMeter, LogitsDifference
 from lmopt.evaluation.parity import Reference
+from lmopt.evaluation.perplexity import negative_log_likelihood
 from lmopt.evaluation.tolerances import Tolerance
-from lmopt.types import FloatArray, IntArray
+from lmopt.types import IntArray
 
-# Positions whose probabilities are held in float64 at once.
-_CHUNK: Final = 64
 _WORST: Final = 5
 
 
@@ -131,7 +130,7 @@ def measure_loss(
             progress("measure", place, len(rows))
         pair = reference(ids), candidate(ids)
         meter.update(*pair)
-        losses.append(np.stack([_losses(logits, ids) for logits in pair]))
+        losses.append(np.stack([negative_log_likelihood(logits[:-1], ids[1:]) for logits in pair]))
     before, after = np.concatenate(losses, axis=1)
     excess = after - before
     return CompressionReport(
@@ -145,13 +144,3 @@ def measure_loss(
         texts=texts,
         layer_errors=dict(layer_errors or {}),
     )
-
-
-def _losses(logits: FloatArray, ids: IntArray) -> NDArray[np.float64]:
-    """Negative log-probabilities of a row's tokens but the first, a few positions at a time."""
-    targets = ids[1:]
-    parts = []
-    for start in range(0, len(targets), _CHUNK):
-        chosen = targets[start : start + _CHUNK]
-        parts.append(-log_softmax(logits[start : start + len(chosen)])[np.arange(len(chosen)), chosen])
-    return np.concatenate(parts)

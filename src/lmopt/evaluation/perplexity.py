@@ -130,14 +130,19 @@ def _losses(engine: Engine, windows: list[tuple[np.ndarray, int]]) -> list[np.nd
     lengths = np.full(len(ids), ids.shape[1], dtype=np.int64)
     logits, _ = engine.forward(ids, lengths, engine.begin(len(ids), capacity=ids.shape[1]))
     return [
-        _nll(logits[row, :-1], window[1:])[-new:]
+        negative_log_likelihood(logits[row, :-1], window[1:])[-new:]
         for row, (window, new) in enumerate(windows)
         if len(window) > 1
     ]
 
 
-def _nll(logits: FloatArray, targets: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of each target, in float64, some positions at a time."""
+def negative_log_likelihood(logits: FloatArray, targets: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood of each target, in float64, some positions at a time.
+
+    Args:
+        logits: `(tokens, vocab_size)`.
+        targets: `(tokens,)` ids.
+    """
     step = max(1, (1 << 20) // logits.shape[-1])
     parts = []
     for start in range(0, len(targets), step):

@@ -1,5 +1,6 @@
 """Folders and grids for the tests of foreign formats; nothing here uses lmopt's own packing of them."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,7 @@ def small_llama(
         form = (bits, group_size) if of is None else of(weight)
         return quantize(matrix, *form, symmetric=symmetric)
 
-    return replace_weights(module, find_weights(module, VOCAB_SIZE), round_off)
+    return replace_weights(copy.deepcopy(module), find_weights(module, VOCAB_SIZE), round_off)
 
 
 def llama_of(dtype: torch.dtype) -> Any:

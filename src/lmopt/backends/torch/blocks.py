@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lmopt.backends.torch.calibration import find_stack
+from lmopt.backends.torch.calibration import batches_of, entering, find_stack, logits_of
 from lmopt.backends.torch.compressing import own, shallow_copy
 from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.backends.torch.quantizing import set_part
 from lmopt.backends.torch.reconfiguring import reconfigure
 from lmopt.backends.torch.resizing import reindex, stated_widths, tell_structure
-from lmopt.backends.torch.sameness import logits_of, require_same
+from lmopt.backends.torch.sameness import require_same
 from lmopt.compression.depth import DropBlocks
 from lmopt.compression.step import Setting
 from lmopt.errors import InputError, UnsupportedError, UnsupportedOptionError
-from lmopt.types import FloatArray, IntArray
+from lmopt.types import FloatArray
 
 # Tokens that are run at once; the logits of a large vocabulary are the most of it.
 _BATCH_TOKENS: Final = 1024
@@ -57,7 +57,7 @@ def drop_blocks(module: nn.Module, step: DropBlocks, setting: Setting) -> nn.Mod
         raise UnsupportedError(f"{type(module).__name__} has no list of equal blocks, so none can be dropped")
     path, blocks = stack
     going = step.number(len(blocks))
-    batches = _batches(setting.rows, device_of(module))
+    batches = batches_of(setting.rows, device_of(module), _BATCH_TOKENS)
     influences = block_influences(whole, blocks, batches, path)
     if step.score == "block-influence":
         dropped = step.choose(influences)
@@ -105,7 +105,7 @@ def block_influences(
 
     def watch(place: int) -> Any:
         def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            x, y = _entering(args, kwargs), _leaving(result)
+            x, y = entering(args, kwargs), _leaving(result)
             if x is None or y is None or x.shape != y.shape:
                 raise UnsupportedError(
                     f"{path}.{place} ({type(part).__name__}) hands no tensor on of the shape it takes"
@@ -123,7 +123,8 @@ def block_influences(
             hooks.callback(part.register_forward_hook(watch(place), with_kwargs=True).remove)
         for batch in batches:
             order.clear()
-            logits_of(module, batch)
+            with torch.no_grad():
+                logits_of(module, batch)
             if order != list(range(len(blocks))):
                 raise UnsupportedError(f"the blocks of {path} are not run once each, one after the other")
     tokens = sum(batch.numel() for batch in batches)
@@ -136,7 +137,7 @@ def bypassed(blocks: nn.ModuleList, places: Sequence[int]) -> Iterator[None]:
     """Let blocks hand on what they are given, as if they were not there."""
 
     def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        x = _entering(args, kwargs)
+        x = entering(args, kwargs)
         return (x, *result[1:]) if isinstance(result, tuple) else x
 
     with ExitStack() as hooks:
@@ -175,7 +176,8 @@ def _by_loss(
 
 def _loss(module: nn.Module, batch: Tensor) -> float:
     """Sum of the negative log-probabilities of a batch's tokens, each after those before it."""
-    logits = logits_of(module, batch)[:, :-1]
+    with torch.no_grad():
+        logits = logits_of(module, batch)[:, :-1]
     return sum(
         float(functional.cross_entropy(one.float(), ids, reduction="sum"))
         for one, ids in zip(logits, batch[:, 1:], strict=True)
@@ -200,16 +202,6 @@ def _reconfigure(small: Any, path: str, kept: list[int], blocks: int) -> str | N
     return reconfigure(small, [changes], may_differ=frozenset(widths), kept_blocks=(path, kept))
 
 
-def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    x = args[0] if args else kwargs.get("hidden_states")
-    return x if isinstance(x, Tensor) else None
-
-
 def _leaving(result: Any) -> Tensor | None:
     y = result[0] if isinstance(result, tuple) and result else result
     return y if isinstance(y, Tensor) else None
-
-
-def _batches(rows: Sequence[IntArray], device: torch.device) -> list[Tensor]:
-    ids = torch.from_numpy(np.stack([np.asarray(row, np.int64) for row in rows])).to(device)
-    return list(torch.split(ids, max(1, _BATCH_TOKENS // ids.shape[1])))

@@ -46,10 +46,15 @@ class Stage:
 
     def shared(self) -> list[list[str]]:
         """Group the linears by what they read."""
-        groups: dict[int, list[str]] = {}
-        for path, one in self.statistics.items():
-            groups.setdefault(id(one), []).append(path)
-        return list(groups.values())
+        return shared(self.statistics)
+
+
+def shared(statistics: Mapping[str, Statistics]) -> list[list[str]]:
+    """Group linears by what they read: those that read one tensor have one object."""
+    groups: dict[int, list[str]] = {}
+    for path, one in statistics.items():
+        groups.setdefault(id(one), []).append(path)
+    return list(groups.values())
 
 
 def stages(module: nn.Module, rows: Sequence[IntArray], wanted: Sequence[str]) -> Iterator[Stage]:
@@ -63,9 +68,7 @@ def stages(module: nn.Module, rows: Sequence[IntArray], wanted: Sequence[str]) -
     Yields:
         Every wanted linear once, as far as the texts reach it.
     """
-    ids = torch.from_numpy(_stack(rows)).to(device_of(module))
-    step = max(1, _BATCH_TOKENS // ids.shape[1])
-    batches = [ids[start : start + step] for start in range(0, len(ids), step)]
+    batches = batches_of(rows, device_of(module), _BATCH_TOKENS)
     stack = find_stack(module)
     inside: set[str] = set()
     run = None if stack is None else _Stack.of(module, stack, batches)
@@ -80,9 +83,9 @@ def stages(module: nn.Module, rows: Sequence[IntArray], wanted: Sequence[str]) -
             run.advance(number)
     rest = [one for one in wanted if one not in inside]
     for paths in _affordable(module, rest):
-        with gathering(module, paths) as gathered:
-            for place in range(len(ids)):
-                _whole(module, ids[place : place + 1])
+        with gathering(module, paths) as gathered, torch.inference_mode():
+            for row in batches_of(rows, device_of(module), 1):
+                logits_of(module, row)
         yield Stage(gathered())
 
 
@@ -241,8 +244,8 @@ def _record(
 
     def watch(place: int) -> Any:
         def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(hidden, Tensor) or len(hidden) != len(batch):
+            hidden = entering(args, kwargs)
+            if hidden is None or len(hidden) != len(batch):
                 raise _NotNowError
             rest = {name: one for name, one in kwargs.items() if args or name != "hidden_states"}
             seen.append((place, hidden, _Call(args[1:], rest)))
@@ -255,17 +258,30 @@ def _record(
     with ExitStack() as hooks:
         for place, part in enumerate(parts):
             hooks.callback(part.register_forward_pre_hook(watch(place), with_kwargs=True).remove)
-        with suppress(_NotNowError):
-            _whole(module, batch)
+        with suppress(_NotNowError), torch.inference_mode():
+            logits_of(module, batch)
     return seen
 
 
-def _whole(module: Any, batch: Tensor) -> None:
-    with torch.inference_mode(), own_attention():
-        if is_transformers(module):
-            module(input_ids=batch, use_cache=False)
-        else:
-            module(batch)
+def batches_of(rows: Sequence[IntArray], device: torch.device, tokens: int) -> list[Tensor]:
+    """Put rows of one length into `(rows, tokens)` batches of about so many tokens."""
+    ids = torch.from_numpy(np.stack([np.asarray(row, np.int64) for row in rows])).to(device)
+    step = max(1, tokens // ids.shape[1])
+    return [ids[start : start + step] for start in range(0, len(ids), step)]
+
+
+def logits_of(module: Any, ids: Tensor) -> Tensor:
+    """Run a module on `(batch, tokens)` ids in its own way, without a cache."""
+    with own_attention():
+        result = module(input_ids=ids, use_cache=False) if is_transformers(module) else module(ids)
+    found: Tensor = result[0] if isinstance(result, tuple) else getattr(result, "logits", result)
+    return found
+
+
+def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Find the hidden states among what a block is called with."""
+    x = args[0] if args else kwargs.get("hidden_states")
+    return x if isinstance(x, Tensor) else None
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -293,7 +309,3 @@ def _affordable(module: nn.Module, paths: Sequence[str]) -> Iterator[list[str]]:
         used += 4 * width**2
     if group:
         yield group
-
-
-def _stack(rows: Sequence[IntArray]) -> IntArray:
-    return np.stack([np.asarray(row, np.int64) for row in rows])

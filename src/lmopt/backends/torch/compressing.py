@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from lmopt.backends.torch.calibration import Stage, stages
 from lmopt.backends.torch.pages import give_back
-from lmopt.backends.torch.quantized import Quantized, quantized_parts
-from lmopt.backends.torch.quantizing import Weight, find_weights, matrix_of, set_matrix, set_part, substitute
+from lmopt.backends.torch.quantized import quantized_parts
+from lmopt.backends.torch.quantizing import Weight, find_weights, finite_values, put, tie
 from lmopt.backends.torch.scaling import find_producer, multiply
 from lmopt.compression.layout import QuantizedArray
 from lmopt.compression.scaling import scaled
 from lmopt.compression.statistics import Statistics
 from lmopt.compression.step import Setting
-from lmopt.errors import InputError, UnsupportedOptionError
+from lmopt.errors import UnsupportedOptionError
 from lmopt.types import FloatArray
 
 
@@ -53,13 +53,13 @@ def by_matrix(module: nn.Module, step: Any, setting: Setting) -> nn.Module:
 
     def change(path: str, statistics: Statistics | None) -> None:
         nonlocal done
-        before = _matrix(small, path)
+        before = finite_values(small, path)
         changed = step.apply(before, forms[path], path, statistics)
         after = changed.values() if isinstance(changed, QuantizedArray) else changed
         setting.errors[path] = relative_error(before, after, statistics)
-        first = _put(small, path, changed)
+        first = put(small, path, changed)
         for other in tied.get(path, ()):
-            _tie(small, other, first)
+            tie(small, other, first)
         left.discard(path)
         done += 1
         setting.progress(step.name, done, len(changing) - sum(map(len, tied.values())))
@@ -92,7 +92,7 @@ def _scale(module: nn.Module, stage: Stage, step: Any, forms: Mapping[str, Any])
         if producer is None:
             continue
         scales = choose(
-            [_matrix(module, path) for path in paths], [forms[path] for path in paths], statistics
+            [finite_values(module, path) for path in paths], [forms[path] for path in paths], statistics
         )
         if scales is None:
             continue
@@ -159,30 +159,3 @@ def _told(form: Any) -> str:
     if form is None:
         return "to leave it as it is"
     return f"{form.bits} bits in groups of {form.group_size}" if hasattr(form, "bits") else str(form)
-
-
-def _matrix(module: nn.Module, path: str) -> FloatArray:
-    matrix: FloatArray = matrix_of(module.get_submodule(path)).detach().float().cpu().numpy()
-    if not np.isfinite(matrix).all():
-        raise InputError(f"{path} holds NaN or infinity: the model is damaged already")
-    return np.ascontiguousarray(matrix)
-
-
-def _put(module: nn.Module, path: str, changed: QuantizedArray | FloatArray) -> nn.Module:
-    """Put a changed weight in its place; give the part that holds it now."""
-    part: Any = module.get_submodule(path)
-    if not isinstance(changed, QuantizedArray):
-        set_matrix(part, torch.from_numpy(changed).to(part.weight.device, part.weight.dtype))
-        return part  # type: ignore[no-any-return]
-    new = substitute(part, changed).to(part.weight.device)
-    set_part(module, path, new)
-    return new
-
-
-def _tie(module: nn.Module, path: str, first: nn.Module) -> None:
-    """Give a part the very weight of another."""
-    part: Any = module.get_submodule(path)
-    if isinstance(first, Quantized):
-        set_part(module, path, substitute(part, first.array()).to(part.weight.device).share(first))
-    else:
-        part.weight = first.weight

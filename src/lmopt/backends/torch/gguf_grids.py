@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from lmopt.backends.torch.quantized import Quantized
+from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.backends.torch.quantizing import Weight, find_weights, replace_weights
 from lmopt.compression.gguf_blocks import NAMES, from_gguf
 from lmopt.compression.layout import QuantizedArray
@@ -30,10 +30,10 @@ def keep_grids(path: Path, header: GgufHeader, module: Any) -> Any:
     Args:
         path: The file.
         header: Its header.
-        module: The model in float32; it is not used any more afterwards.
+        module: The model in float32; it is changed.
 
     Returns:
-        The model with quantized parts. A weight of a type without such a form stays in float, which is
+        The model itself, with quantized parts. A weight of a type without such a form stays in float, which is
         its exact value too.
 
     Raises:
@@ -55,15 +55,14 @@ def keep_grids(path: Path, header: GgufHeader, module: Any) -> Any:
         array = from_gguf(tensor.type, read_tensor(path, header, name), *values.shape)
         return _ordered(array, values, heads)
 
-    weights = find_weights(module, config.vocab_size)
-    kept = replace_weights(module, weights, grid_of)
-    if not any(isinstance(part, Quantized) for part in kept.modules()):
+    replace_weights(module, find_weights(module, config.vocab_size), grid_of)
+    if not quantized_parts(module):
         types = sorted({tensor.type for tensor in header.tensors.values()})
         raise UnsupportedError(
             f"{path} holds no quantized weight that lmopt can carry over (types {types}; it knows "
             f"{', '.join(NAMES.values())}). Load it dequantized: leave keep_quantization out."
         )
-    return kept
+    return module
 
 
 def _names(header: GgufHeader, layers: int) -> Any:

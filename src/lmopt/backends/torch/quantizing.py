@@ -1,11 +1,11 @@
-"""Find the weights of a module that can be quantized, and make a copy in which they are."""
+"""Find the weights of a module that can be quantized, and put others in their place."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lmopt.backends.torch.language_model import is_transformers
@@ -71,36 +71,28 @@ def replace_weights(
     weights: list[Weight],
     quantize: Callable[[Weight, FloatArray], QuantizedArray | None],
 ) -> nn.Module:
-    """Copy a module with quantized parts in place of some; the module itself is left as it is.
+    """Put quantized parts in place of some of a module's.
 
     Args:
-        module: The module.
+        module: The module; it is changed.
         weights: From `find_weights`.
         quantize: Gives the quantized weight, `(out, in)`, or `None` to leave it. Asked once for weights
             that are tied.
 
+    Returns:
+        The module.
+
     Raises:
         InputError: A weight is not finite.
-        UnsupportedOptionError: Of two tied weights one would be quantized and one not.
     """
-    parts = dict(module.named_modules())
-    made: dict[str, Quantized | None] = {}
     for weight in weights:
-        part: Any = parts[weight.path]
-        source = None if weight.tied is None else made[weight.tied]
         if weight.tied is None:
-            matrix: FloatArray = matrix_of(part).detach().float().cpu().numpy()
-            if not np.isfinite(matrix).all():
-                raise InputError(f"{weight.path} holds NaN or infinity: the model is damaged already")
-            array = quantize(weight, np.ascontiguousarray(matrix))
-        else:
-            array = None if source is None else source.array()
-        new = None if array is None else _part(part, array).to(part.weight.device)
-        made[weight.path] = new if new is None or source is None else new.share(source)
-    # Handing the new parts to the copier keeps it from copying the old ones.
-    memo: dict[int, Any] = {id(parts[path]): part for path, part in made.items() if part is not None}
-    copied: nn.Module = copy.deepcopy(module, memo)
-    return copied.eval()
+            array = quantize(weight, finite_values(module, weight.path))
+            if array is not None:
+                put(module, weight.path, array)
+        elif isinstance(first := module.get_submodule(weight.tied), Quantized):
+            tie(module, weight.path, first)
+    return module.eval()
 
 
 def stored_bytes(module: nn.Module) -> int:
@@ -174,6 +166,44 @@ def set_matrix(part: Any, matrix: Tensor) -> None:
     """Give a linear or an embedding another weight, `(out, in)`, in a parameter of its own."""
     made = matrix.t().contiguous() if is_conv1d(part) else matrix
     part.weight = nn.Parameter(made, requires_grad=part.weight.requires_grad)
+
+
+def values_of(part: Any) -> FloatArray:
+    """Give the weight of a linear or an embedding as `(out, in)` float32 in NumPy."""
+    matrix: FloatArray = matrix_of(part).detach().float().cpu().numpy()
+    return np.ascontiguousarray(matrix)
+
+
+def finite_values(module: nn.Module, path: str) -> FloatArray:
+    """Give the weight of the part at `path`; see `values_of`.
+
+    Raises:
+        InputError: It holds NaN or infinity.
+    """
+    matrix = values_of(module.get_submodule(path))
+    if not np.isfinite(matrix).all():
+        raise InputError(f"{path} holds NaN or infinity: the model is damaged already")
+    return matrix
+
+
+def put(module: nn.Module, path: str, changed: QuantizedArray | FloatArray) -> nn.Module:
+    """Put a changed weight, `(out, in)`, in its place; give the part that holds it now."""
+    part: Any = module.get_submodule(path)
+    if not isinstance(changed, QuantizedArray):
+        set_matrix(part, torch.from_numpy(changed).to(part.weight.device, part.weight.dtype))
+        return part  # type: ignore[no-any-return]
+    new = substitute(part, changed).to(part.weight.device)
+    set_part(module, path, new)
+    return new
+
+
+def tie(module: nn.Module, path: str, first: nn.Module) -> None:
+    """Give the part at `path` the very weight of another."""
+    part: Any = module.get_submodule(path)
+    if isinstance(first, Quantized):
+        set_part(module, path, substitute(part, first.array()).to(part.weight.device).share(first))
+    else:
+        part.weight = first.weight
 
 
 def is_conv1d(part: nn.Module) -> bool:

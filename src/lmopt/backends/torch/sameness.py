@@ -1,12 +1,12 @@
 """Refuse a changed copy of a model that does not compute what it should."""
 
-from typing import Any, Final
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lmopt.backends.torch.attention import own_attention
-from lmopt.backends.torch.language_model import as_decoder, device_of, is_transformers
+from lmopt.backends.torch.calibration import logits_of
+from lmopt.backends.torch.language_model import as_decoder, device_of
 from lmopt.errors import LmoptError, UnsupportedError
 
 # Share of the largest logit that the order of operations explains in a deep model.
@@ -25,9 +25,13 @@ def require_same(small: nn.Module, expected: nn.Module, work: str) -> None:
         UnsupportedError: It cannot be run, or its logits differ.
     """
     name = type(small).__name__
-    theirs = logits_of(expected, *_sample(small))
+    # Ids to compare the two on.
+    sample = torch.arange(16, device=device_of(small)).reshape(2, 8)
+    with torch.no_grad():
+        theirs = logits_of(expected, sample)
     try:
-        ours = logits_of(small, *_sample(small))
+        with torch.no_grad():
+            ours = logits_of(small, sample)
         as_decoder(small)
     except Exception as error:
         reason = str(error) if isinstance(error, LmoptError) else f"{type(error).__name__}: {error}"
@@ -43,16 +47,3 @@ def require_same(small: nn.Module, expected: nn.Module, work: str) -> None:
             f"{name} computes something else after {work} (logits differ by {difference:.3g}, {limit:.3g} is "
             "rounding): its code depends on a size that has changed. Nothing was changed"
         )
-
-
-def logits_of(module: Any, ids: Tensor) -> Tensor:
-    """Run a module on `(batch, tokens)` ids in its own way, without a cache."""
-    with torch.no_grad(), own_attention():
-        result = module(input_ids=ids, use_cache=False) if is_transformers(module) else module(ids)
-    found: Tensor = result[0] if isinstance(result, tuple) else getattr(result, "logits", result)
-    return found
-
-
-def _sample(module: nn.Module) -> tuple[Tensor]:
-    """Ids to compare two models on."""
-    return (torch.arange(16, device=device_of(module)).reshape(2, 8),)

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from lmopt.backends.torch.quantizing import matrix_of, set_matrix
+from lmopt.backends.torch.quantizing import is_conv1d, matrix_of, set_matrix
 
 # Share of what the scales alone would change that may be left of it, by the order of operations. Of nine tokens in
 # ten: a residual stream may hold tokens so large that all else is within their rounding.
@@ -114,7 +114,7 @@ def _candidates(block: nn.Module, readers: Sequence[nn.Module]) -> Iterator[Prod
         if weight.shape == (width,):
             yield Producer(part, "weight")
             yield Producer(part, "one plus weight")
-        elif weight.dim() == 2 and (type(part) is nn.Linear or type(part).__name__ == "Conv1D"):
+        elif weight.dim() == 2 and (type(part) is nn.Linear or is_conv1d(part)):
             rows = matrix_of(part).shape[0]
             if rows == width:
                 yield Producer(part, "rows")

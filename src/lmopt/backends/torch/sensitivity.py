@@ -10,12 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lmopt.backends.torch.attention import own_attention
-from lmopt.backends.torch.calibration import gathering
+from lmopt.backends.torch.calibration import gathering, logits_of, shared
 from lmopt.backends.torch.compressing import by_matrix
-from lmopt.backends.torch.language_model import device_of, is_transformers
-from lmopt.backends.torch.quantizing import find_weights, matrix_of
-from lmopt.compression.mixed import Candidate, Mixed, choose_widths, grid_bytes
+from lmopt.backends.torch.language_model import device_of
+from lmopt.backends.torch.quantizing import find_weights, matrix_of, values_of
+from lmopt.compression.mixed import Candidate, Mixed, choose_widths
 from lmopt.compression.statistics import Statistics
 from lmopt.compression.step import Setting
 from lmopt.errors import InputError
@@ -46,7 +45,7 @@ def by_budget(module: nn.Module, step: Mixed, setting: Setting) -> nn.Module:
             rows, columns = matrix_of(module.get_submodule(one.path)).shape
             budget += step.average_bits / 8 * rows * columns
             if one.path not in free:
-                budget -= grid_bytes(rows, columns, form.bits, form.group_size, form.symmetric)
+                budget -= form.grid(rows, columns).nbytes()
     chosen = choose_widths(candidates, int(budget))
     widths = {
         path: step.choices[choice]
@@ -76,7 +75,7 @@ def predicted(module: nn.Module, step: Mixed, setting: Setting) -> list[Candidat
     ]
     read, sent = _curvature(module, free, setting, step.tokens)
     candidates = []
-    groups = _together(free, read)
+    groups = shared({path: read[path] for path in free if path in read})
     for paths in groups:
         candidates.append(_candidate(module, paths, step, read, sent))
         setting.progress("try widths", len(candidates), len(groups))
@@ -109,8 +108,8 @@ def _curvature(
         pieces = _pieces(setting, most)
         for number, ids in enumerate(pieces):
             row = torch.from_numpy(np.ascontiguousarray(ids, np.int64))[None].to(device)
-            with torch.enable_grad(), own_attention():
-                logits = _logits(module, row)[0].float()
+            with torch.enable_grad():
+                logits = logits_of(module, row)[0].float()
                 drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
                 # Any: torch's own annotations leave `backward` out.
                 loss: Any = nn.functional.cross_entropy(logits, drawn[:, 0].to(device), reduction="sum")
@@ -140,15 +139,6 @@ def _only_activations(module: nn.Module, vocab_size: int) -> Iterator[None]:
             one.requires_grad_(before)
 
 
-def _together(free: list[str], read: dict[str, Statistics]) -> list[list[str]]:
-    """Group weights that read the same tensor."""
-    groups: dict[int, list[str]] = {}
-    for path in free:
-        if path in read:
-            groups.setdefault(id(read[path]), []).append(path)
-    return list(groups.values())
-
-
 def _candidate(
     module: nn.Module,
     paths: list[str],
@@ -159,7 +149,7 @@ def _candidate(
     """Predict what each width costs some weights."""
     costs, sizes = np.zeros(len(step.choices)), np.zeros(len(step.choices), np.int64)
     for path in paths:
-        weight = np.ascontiguousarray(matrix_of(module.get_submodule(path)).detach().float().cpu().numpy())
+        weight = values_of(module.get_submodule(path))
         gram, slope = read[path].gram, sent[path]
         for number, bits in enumerate(step.choices):
             form = replace(step.quantizer, bits=bits).form(path, "linear")
@@ -168,7 +158,7 @@ def _candidate(
             costs[number] += 0.5 * float(
                 slope @ np.einsum("nk,nk->n", error @ gram, error).astype(np.float64)
             )
-            sizes[number] += grid_bytes(len(weight), weight.shape[1], bits, form.group_size, form.symmetric)
+            sizes[number] += form.grid(len(weight), weight.shape[1]).nbytes()
     return Candidate(tuple(paths), tuple(costs.tolist()), tuple(sizes.tolist()))
 
 
@@ -177,9 +167,3 @@ def _pieces(setting: Setting, most: int) -> list[IntArray]:
     pieces = [row[start : start + _PIECE] for row in setting.rows for start in range(0, len(row), _PIECE)]
     kept = max(1, most // max(map(len, pieces)))
     return pieces[:kept]
-
-
-def _logits(module: Any, row: Tensor) -> Tensor:
-    result = module(input_ids=row, use_cache=False).logits if is_transformers(module) else module(row)
-    logits: Tensor = result[0] if isinstance(result, tuple) else result
-    return logits

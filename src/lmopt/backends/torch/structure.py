@@ -11,7 +11,7 @@ from lmopt.backends.torch.calibration import stages
 from lmopt.backends.torch.compressing import own, relative_error, shallow_copy
 from lmopt.backends.torch.dependencies import Pieces, find_channels, find_heads
 from lmopt.backends.torch.language_model import device_of, is_transformers
-from lmopt.backends.torch.quantizing import matrix_of, set_matrix
+from lmopt.backends.torch.quantizing import matrix_of, set_matrix, values_of
 from lmopt.backends.torch.reconfiguring import reconfigure, width_fields
 from lmopt.backends.torch.resizing import cut, stated_widths, tell_structure
 from lmopt.backends.torch.sameness import require_same
@@ -136,7 +136,7 @@ def _masked(
         if not together:
             kept.update(step.choose({path: _scores(masked, one, step, read)}))
         columns = _owned(one.columns, kept[path])
-        before = _matrix(masked, path)
+        before = values_of(masked.get_submodule(path))
         after = np.zeros_like(before)
         fits = step.refit and read is not None
         after[:, columns] = (
@@ -178,7 +178,9 @@ def _scores(module: nn.Module, one: Pieces, step: _Step, read: Statistics | None
         (matrix_of(module.get_submodule(path)).detach().float().norm(dim=1).cpu().numpy(), owners)
         for path, owners in one.rows.items()
     ]
-    return importance(step.score, _matrix(module, one.consumer), one.columns, producers, read, one.consumer)
+    return importance(
+        step.score, values_of(module.get_submodule(one.consumer)), one.columns, producers, read, one.consumer
+    )
 
 
 def _cut(masked: nn.Module, found: list[Pieces], kept: Mapping[str, IntArray]) -> tuple[Any, frozenset[str]]:
@@ -217,8 +219,3 @@ def _owned(owners: IntArray, kept: IntArray) -> IntArray:
 
 def _sizes(small: nn.Module, paths: frozenset[str]) -> dict[str, list[int]]:
     return {path: list(matrix_of(small.get_submodule(path)).shape) for path in sorted(paths)}
-
-
-def _matrix(module: nn.Module, path: str) -> FloatArray:
-    matrix: FloatArray = matrix_of(module.get_submodule(path)).detach().float().cpu().numpy()
-    return np.ascontiguousarray(matrix)
