@@ -32,18 +32,22 @@ def _forms() -> dict[str, list[list[dict[str, Any]]]]:
     for group_size in (64, 128):
         for symmetric in (True, False):
             form = {"group_size": group_size, "symmetric": symmetric, "embedding": None, "head": None}
+            # HQQ is about the zero, which a symmetric group does not have.
+            names = ("rtn", "awq", "gptq") if symmetric else ("rtn", "hqq", "awq", "gptq")
+            fold = {"step": "awq", "bits": 4, **form, "fold_only": True}
             found[f"4 bits, groups of {group_size}, {'symmetric' if symmetric else 'asymmetric'}"] = [
-                [{"step": name, "bits": 4, **form}] for name in ("rtn", "hqq", "awq", "gptq")
+                *([{"step": name, "bits": 4, **form}] for name in names),
+                [fold, {"step": "gptq", "bits": 4, **form}],
             ]
     form = {"group_size": 64, "embedding": 8, "head": 8}
     found["8 bits, groups of 64"] = [[{"step": "rtn", "bits": 8, **form}]]
     plain = {"embedding": None, "head": None}
     found["4.5 bits a weight"] = [
-        [{"step": "gptq", "bits": 4, "group_size": 64, **plain}],
+        [{"step": "gptq", "bits": 4, "group_size": 32, **plain}],
         [{"step": "mixed", "quantizer": {"step": "gptq", "group_size": 64, **plain}, "average_bits": 4.5}],
     ]
     found["5 bits a weight"] = [
-        [{"step": "gptq", "bits": 4, "group_size": 32, **plain}],
+        [{"step": "gptq", "bits": 4, "group_size": 16, **plain}],
         [{"step": "mixed", "quantizer": {"step": "gptq", "group_size": 64, **plain}, "average_bits": 5.0}],
     ]
     found["half of the weights zero"] = [

@@ -1,12 +1,13 @@
 """What every test may rely on: the real assets, a cache of its own, and a closed network."""
 
 import functools
+import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -20,6 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the tests marked `slow` in full size (hours, not minutes)",
     )
+    parser.addoption(
+        "--require-gpu",
+        action="store_true",
+        help="fail the tests marked `gpu` where there is no usable GPU, in place of skipping them",
+    )
+    parser.addoption("--gpu-report", metavar="FILE", help="write what the tests marked `gpu` found as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,22 +37,59 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := _gpu_problem()):
+        if item.config.getoption("--require-gpu"):
+            pytest.fail(f"{reason} (--require-gpu forbids skipping)", pytrace=False)
         pytest.skip(reason)
 
 
 @functools.cache
 def _gpu_problem() -> str:
-    """Say why no CUDA device can be used, after computing something on it; `""` if one can."""
-    try:
-        import torch
+    """Say why no CUDA device can be used; `""` if one can."""
+    from lmopt.accelerators import cuda
 
-        if not torch.cuda.is_available():
-            return f"no CUDA device (torch {torch.__version__} finds none)"
-        ones = torch.ones(8, 8, device="cuda")
-        total = float((ones @ ones).sum())
-    except Exception as error:
-        return f"the CUDA device does not compute: {type(error).__name__}: {error}"
-    return "" if total == 512.0 else f"the CUDA device computes wrongly: 512 expected, {total} found"
+    return cuda().problem
+
+
+_FIGURES = pytest.StashKey[dict[str, Any]]()
+_OUTCOMES = pytest.StashKey[dict[str, str]]()
+
+
+@pytest.fixture(scope="session")
+def gpu_figures(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Where tests marked `gpu` put figures for the report of `--gpu-report`."""
+    return request.config.stash.setdefault(_FIGURES, {})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember what became of tests marked `gpu`."""
+    report = yield
+    if item.get_closest_marker("gpu") and (report.when == "call" or not report.passed):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        outcomes = item.config.stash.setdefault(_OUTCOMES, {})
+        outcomes[item.nodeid] = "passed" if report.passed else f"{report.outcome}: {why}"
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the report: the machine, the accelerators, what became of each test, and the figures."""
+    if not (path := session.config.getoption("--gpu-report")):
+        return
+    from dataclasses import asdict
+
+    from lmopt import __version__
+    from lmopt.accelerators import accelerators, cuda
+    from lmopt.platform import machine
+
+    found = {
+        "lmopt": __version__,
+        "machine": machine(),
+        "cuda": asdict(cuda()),
+        "accelerators": [asdict(one) for one in accelerators()],
+        "tests": session.config.stash.get(_OUTCOMES, {}),
+        "figures": session.config.stash.get(_FIGURES, {}),
+    }
+    Path(path).write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def _missing(what: str) -> NoReturn:

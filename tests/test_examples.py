@@ -27,7 +27,7 @@ def run(name: str, folder: Path, *arguments: str) -> str:
 
 
 def test_there_is_a_test_for_each_example() -> None:
-    assert SCRIPTS == ["lstm_tutorial.py", "swap_engines.py"]
+    assert SCRIPTS == ["lstm_tutorial.py", "recover_pruned.py", "swap_engines.py", "train_to_service.py"]
 
 
 def test_the_tutorial_lstm_learns_and_runs_on_both_engines(tmp_path: Path) -> None:
@@ -38,6 +38,22 @@ def test_the_tutorial_lstm_learns_and_runs_on_both_engines(tmp_path: Path) -> No
     assert len(texts) == 2
     assert texts[0] == texts[1]
     assert [path.name for path in tmp_path.iterdir()] == ["lstm-onnx"]
+
+
+def test_raw_text_becomes_a_service(tmp_path: Path) -> None:
+    said = run("train_to_service.py", tmp_path)
+    assert "same text on both engines" in said
+    assert "exported and verified: onnx" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lstm-run", "lstm-service"]
+    # Run again, it goes on from its last checkpoint: nothing is left to train.
+    assert "step 60" not in run("train_to_service.py", tmp_path)
+
+
+def test_a_pruned_model_recovers_by_distillation(tmp_path: Path) -> None:
+    said = run("recover_pruned.py", tmp_path)
+    assert "of the divergence removed" in said
+    assert "steps: drop_blocks, distill" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["recovered"]
 
 
 @pytest.mark.real_model

@@ -1,4 +1,6 @@
 import mmap
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,3 +52,23 @@ def resident(path):
         if line.endswith(str(path)):
             found += next(int(one.split()[1]) for one in lines if one.startswith("Rss:"))
     return found
+
+
+_HOLES = """
+import sys
+from lmopt.mappings import return_freed
+from lmopt.evaluation import resident_memory_bytes
+blocks = [bytes(2000) for _ in range(30_000)]
+kept = blocks[::1000]  # the heap cannot simply end earlier
+del blocks
+before = resident_memory_bytes()
+return_freed()
+print(before - resident_memory_bytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_memory_between_what_is_in_use_goes_back() -> None:
+    # In a process of its own: whatever ran here before leaves holes that are filled first.
+    found = subprocess.run([sys.executable, "-c", _HOLES], capture_output=True, text=True, check=True)
+    assert int(found.stdout) > 30 << 20

@@ -79,3 +79,8 @@ def test_a_requirement_is_checked_without_importing(
 def test_a_module_that_is_blocked_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "json", None)
     assert not Requirement("json", "json").is_met()
+
+
+def test_a_requirement_is_met_by_what_serves_as_well() -> None:
+    assert Requirement("no_such_module", "x", instead=("no_such_either", "json")).is_met()
+    assert not Requirement("no_such_module", "x", instead=("no_such_either",)).is_met()

@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from lmopt.generation import GenerationConfig as GenerationConfig
     from lmopt.model import Model as Model
     from lmopt.runtime import Runtime as Runtime
+    from lmopt.scaling import BatchResult as BatchResult
+    from lmopt.scaling import batch as batch
     from lmopt.tokenizer import Tokenizer as Tokenizer
+    from lmopt.training import TrainingConfig as TrainingConfig
+    from lmopt.training import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Artifact": "lmopt.artifact",
+    "BatchResult": "lmopt.scaling",
     "Compressor": "lmopt.compressor",
     "Exporter": "lmopt.exporter",
     "GenerationConfig": "lmopt.generation",
@@ -33,6 +38,9 @@ _HOMES = {
     "ParityError": "lmopt.errors",
     "Runtime": "lmopt.runtime",
     "Tokenizer": "lmopt.tokenizer",
+    "TrainingConfig": "lmopt.training",
+    "batch": "lmopt.scaling",
+    "train": "lmopt.training",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -90,13 +90,13 @@ class Compressor:
         small, errors = model, {}
         for step in self.steps:
             tell(step.name, 0, 1)
-            setting = Setting(small.facts.vocab_size, rows, tell)
+            setting = Setting(small.facts.vocab_size, rows, tell, original=model, current=small)
             apply = backends.load("torch", target=step.target)
             small = small.with_module(apply(small.module, step, setting), recipe=[step.to_dict()])
             errors.update(setting.errors)
         report = compare_models(model, small, texts=texts, layer_errors=errors, progress=tell)
         small.report = report
-        limits = self.tolerance or TOLERANCES["int8" if _least_bits(self.steps) > 4 else "int4"]
+        limits = self.tolerance or TOLERANCES[_usual(self.steps)]
         if failures := report.failures(limits):
             told = f"{model.source} loses too much for the limits of {limits.name}: {'; '.join(failures)}. {report}"
             if report.layer_errors:
@@ -109,7 +109,8 @@ class Compressor:
     def _rows(self, model: Model, given: Any, tell: Progress) -> list[IntArray]:
         """Make the calibration rows, if a step needs any."""
         needing = [step.name for step in self.steps if step.needs_texts]
-        if not needing:
+        taking = given is not None and any(getattr(step, "takes_texts", False) for step in self.steps)
+        if not needing and not taking:
             return []
         if model.tokenizer is None:
             if given is not None and not (isinstance(given, Calibration) and given.texts is None):
@@ -185,8 +186,8 @@ def compare_models(
     forward = backends.load("torch", target=f"{_TORCH_ROOM}.reference:FullForward")
     size = backends.load("torch", target=f"{_TORCH_ROOM}.quantizing:stored_bytes")
     return measure_loss(
-        forward(original.module, lean=True),
-        forward(small.module, lean=True),
+        forward(original.module, lean=True).pieces,
+        forward(small.module, lean=True).pieces,
         _windows(original, texts),
         bytes=size(small.module),
         float_bytes=size(original.module),
@@ -213,6 +214,9 @@ def _windows(model: Model, texts: Sequence[str] | None) -> list[IntArray]:
     ]
 
 
-def _least_bits(steps: Sequence[Any]) -> float:
-    """Width of the narrowest weights, by which the usual loss is judged."""
-    return min(float(getattr(step, "bits", 4)) for step in steps)
+def _usual(steps: Sequence[Any]) -> str:
+    """Name the row of the table by which the loss of a recipe without a tolerance is judged."""
+    others = [step for step in steps if not hasattr(step, "dtype")]
+    if not others:
+        return str(steps[-1].dtype)
+    return "int8" if min(float(getattr(step, "bits", 4)) for step in others) > 4 else "int4"

@@ -236,6 +236,8 @@ class ExportRequest:
         options: Options of the exporter by name. An unknown one must raise
             `UnsupportedOptionError`.
         config: The model's `config.json` as a dictionary, empty for custom modules.
+        rows: Some short texts as `(tokens,)` int64 ids, for formats that need to see the model read; empty for a
+            model without a tokenizer.
     """
 
     module: Any
@@ -244,6 +246,7 @@ class ExportRequest:
     target: str
     options: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[IntArray] = ()
 
 
 class ExportFunction(Protocol):

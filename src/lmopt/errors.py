@@ -129,6 +129,14 @@ class EngineError(LmoptError, RuntimeError):
     """An engine failed while loading or running a model; the engine's own words are kept."""
 
 
+class EngineBuildError(EngineError):
+    """A compiler refused a graph, or could not build what was asked for; its words are kept."""
+
+
+class UnsupportedPrecisionError(UnsupportedError):
+    """The hardware that was asked for cannot compute in a type that the graph uses; found before building."""
+
+
 class InsufficientMemoryError(LmoptError, MemoryError):
     """What was asked for needs more memory than is free; refused before anything was allocated."""
 
@@ -151,3 +159,47 @@ class ParityError(LmoptError, ArithmeticError):
 
 class ConformanceError(LmoptError, AssertionError):
     """A backend breaks a rule of `lmopt.contracts`; raised by `lmopt.testing`."""
+
+
+# Work spread over processes -----------------------------------------------------------------------
+
+
+class WorkerDiedError(EngineError):
+    """A process that works for this one ended; it is named, with how it ended and what it was doing."""
+
+
+class BatchError(LmoptError, RuntimeError):
+    """A corpus job stopped before its end; what is committed stays, and the job can be resumed."""
+
+
+class TooManyErrorsError(BatchError):
+    """More rows of a corpus job failed than it allows; `errors.jsonl` says which and why."""
+
+
+class JobMismatchError(ArtifactExistsError):
+    """The output folder holds another job; the message says in what they differ."""
+
+
+# Training ---------------------------------------------------------------------------------------
+
+
+class TrainingError(LmoptError, RuntimeError):
+    """A training could not go on."""
+
+
+class VocabularyMismatchError(TokenizerError):
+    """Teacher and student do not mean the same token by each id; found before a training begins."""
+
+
+class DivergedError(TrainingError, ArithmeticError):
+    """A loss or a gradient is not finite; the last checkpoint is from before it.
+
+    Attributes:
+        step: Optimiser step whose loss or gradient it is, from 1.
+        checkpoint: Folder of the last good checkpoint, or `None`.
+    """
+
+    def __init__(self, message: str, step: int, checkpoint: object | None = None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.checkpoint = checkpoint

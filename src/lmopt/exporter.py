@@ -9,11 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from lmopt.artifact import Artifact, Staging, publish
 from lmopt.contracts import ExportRequest
 from lmopt.errors import UnsupportedOptionError
 from lmopt.evaluation import ParityReport, Tolerance
-from lmopt.gate import check_dtype, verify
+from lmopt.gate import check_dtype, gate_rows, verify
 from lmopt.model import Model
 from lmopt.model_card import model_card
 from lmopt.registry import exporters
@@ -141,6 +143,7 @@ class Exporter:
                 target=self.target if place == 0 else spec.targets[0],
                 options=self._options if place == 0 else {},
                 config=model.config,
+                rows=[np.array(ids, np.int64) for ids in gate_rows(model) or ()],
             )
             staging.manifest["formats"][spec.format] = dict(function(request))
             tell(f"export {spec.name}", 1, 1)

@@ -94,9 +94,7 @@ def verify(
         options={"trust": True} if trusted else {},
     )
     reference = backends.load("torch", target="lmopt.backends.torch.reference:FullForward")(model.module)
-    prompts = None
-    if model.tokenizer is not None:
-        prompts = [ids for text in GATE_TEXTS if (ids := model.tokenizer.encode(text))]
+    prompts = gate_rows(model)
 
     def tell(done: int, total: int) -> None:
         # What the last case had in memory would otherwise stay with the allocator.
@@ -129,10 +127,20 @@ def verify(
     return report
 
 
+def gate_rows(model: Model) -> list[list[int]] | None:
+    """Give the gate's texts as the model's ids, `None` without a tokenizer."""
+    if model.tokenizer is None:
+        return None
+    return [ids for text in GATE_TEXTS if (ids := model.tokenizer.encode(text))]
+
+
 def _limits(model: Model, written: Mapping[str, Any]) -> str:
     """Name the row of the tolerance table that a written format must keep."""
-    # The user has asked by name for products that round activations to 8 bits.
-    return "int8-activations" if written.get("accuracy_level") == 4 else model_dtype(model)
+    # The user has asked by name, of the exporter or in the recipe, for activations rounded to 8 bits.
+    rounds = written.get("accuracy_level") == 4 or "activations" in written
+    if rounds:
+        return "int8-activations"
+    return "int8-cache" if written.get("kv_cache_dtype") == "int8" else model_dtype(model)
 
 
 def _where(model: Model, candidate: Engine, prompts: list[list[int]] | None) -> str:

@@ -3,15 +3,17 @@
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lmopt import __version__
 from lmopt.artifact import Artifact, Staging, cached, is_artifact
 from lmopt.contracts import Engine, EngineRequest
 from lmopt.errors import ArtifactNotFoundError, UnsupportedError
 from lmopt.exporter import Exporter
+from lmopt.mappings import return_freed
 from lmopt.model import Model
 from lmopt.registry import backends, exporters
 from lmopt.spec import BackendSpec
@@ -19,6 +21,9 @@ from lmopt.tokenizer import Tokenizer
 from lmopt.types import ModelFacts
 
 Progress = Callable[[str, int, int], None]
+
+_AT_EXPORT: Final = frozenset({"kv_cache_dtype"})
+"""Options of backends that are decided where the artefact is written, and asked of an exporter too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ def open_source(
         _require_support(spec, source.formats, device, dtype)
         artifact = source
         facts, label = source.facts, source.path.name
-        tokenizer, defaults = _tokenizer(source), _generation_config(source)
+        defaults = _generation_config(source)
     else:
         live = "module" in spec.can.formats
         if not live:
@@ -65,11 +70,12 @@ def open_source(
         _require_support(spec, ("module" if live else exporters.spec(exporter).format,), device, dtype)
         model = _as_model(source, dtype, trust)
         facts, label = model.facts, model.source
-        tokenizer, defaults = model.tokenizer, model.generation_config
+        defaults = model.generation_config
     # Imports the engine, which takes seconds: not before the source is known to be there.
     factory = backends.load(name)
     if model is not None and exporter:
-        artifact = _export_into_cache(model, exporter, _dialect(spec, exporter, device), progress)
+        chosen = {option: options[option] for option in _AT_EXPORT & options.keys()}
+        artifact = export_for(model, name, device, progress, **chosen)
     if artifact is not None and trust and "trust" in spec.can.features:
         options = {**options, "trust": True}
     request = EngineRequest(
@@ -81,7 +87,20 @@ def open_source(
         threads=threads,
         options=options,
     )
-    return Opened(factory(request), name, facts, label, tokenizer, defaults)
+    if model is not None:
+        return Opened(factory(request), name, facts, label, model.tokenizer, defaults)
+    assert isinstance(source, Artifact)
+    # A tokenizer of 50,000 entries takes as long to read as a session of 100 MB to create.
+    with ThreadPoolExecutor(1, "lmopt-tokenizer") as pool:
+        reading = pool.submit(_tokenizer, source)
+        engine = factory(request)
+    try:
+        tokenizer = reading.result()
+    except BaseException:
+        engine.close()
+        raise
+    return_freed()
+    return Opened(engine, name, facts, label, tokenizer, defaults)
 
 
 def _default_backend(source: str | os.PathLike[str] | Model | Artifact) -> str:
@@ -129,8 +148,27 @@ def _dialect(spec: BackendSpec, exporter: str, device: str) -> str:
     return spec.name if spec.name in targets and device == "cpu" else targets[0]
 
 
-def _export_into_cache(model: Model, exporter: str, target: str, progress: Progress | None) -> Artifact:
-    worker = Exporter(exporter, target=target)
+def export_for(
+    model: Model, backend: str, device: str, progress: Progress | None = None, **options: Any
+) -> Artifact:
+    """Export a model for a backend that reads artefacts, once, into lmopt's cache.
+
+    Args:
+        model: The model.
+        backend: Name of the backend.
+        device: Device that it will run on.
+        progress: As for `lmopt.Exporter.export`.
+        **options: Options of the exporter.
+    """
+    spec = backends.require(backend)
+    exporter = _exporter_for(spec)
+    return _export_into_cache(model, exporter, _dialect(spec, exporter, device), progress, options)
+
+
+def _export_into_cache(
+    model: Model, exporter: str, target: str, progress: Progress | None, options: Mapping[str, Any]
+) -> Artifact:
+    worker = Exporter(exporter, target=target, **options)
     fingerprint = model.fingerprint()
     key = {
         "exporter": exporter,
@@ -139,6 +177,7 @@ def _export_into_cache(model: Model, exporter: str, target: str, progress: Progr
         "facts": asdict(model.facts),
         "lmopt": __version__,
         "versions": worker.versions(),
+        **({"options": dict(options)} if options else {}),
     }
 
     def build(staging: Staging) -> None:

@@ -5,6 +5,7 @@ outputs become the next call's past, where padding goes, how rows are kept or re
 here once, on NumPy arrays, for the built-in engines and for strangers.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from lmopt.contracts import PaddingSide
 from lmopt.errors import CorruptArtifactError, DtypeError, ShapeError, TokenIdError, UnsupportedError
-from lmopt.types import BATCH, PAST, AnyArray, FloatArray, IntArray, TensorSpec
+from lmopt.types import BATCH, DTYPE_BYTES, PAST, AnyArray, FloatArray, IntArray, TensorSpec
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -82,6 +83,12 @@ class StateTensor:
     def empty(self, batch: int) -> AnyArray:
         """Make the tensor that `batch` rows start from: zeros, of length 0 along `past_axis`."""
         return np.zeros(self.sizes(batch), self.past.dtype)
+
+
+def bytes_per_token(state: Sequence[StateTensor]) -> int:
+    """Count the bytes by which the state of one row grows with each token that it reads."""
+    growing = [one for one in state if one.past_axis is not None]
+    return sum(math.prod(one.sizes(1, 1)) * DTYPE_BYTES[one.past.dtype] for one in growing)
 
 
 @dataclass(slots=True)

@@ -23,16 +23,22 @@ class Requirement:
     Attributes:
         module: Top-level import name, such as `"onnxruntime"`.
         install: What to hand to pip, such as `"lmopt[onnxruntime]"`.
+        instead: Other modules that serve as well, for what comes under several names.
     """
 
     module: str
     install: str
+    instead: tuple[str, ...] = ()
 
     def is_met(self) -> bool:
-        """Say whether the module can be found, without importing it."""
-        if self.module in sys.modules:
-            return sys.modules[self.module] is not None
-        return importlib.util.find_spec(self.module) is not None
+        """Say whether the module, or one that serves as well, can be found; none is imported."""
+        return any(_is_there(name) for name in (self.module, *self.instead))
+
+
+def _is_there(module: str) -> bool:
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    return importlib.util.find_spec(module) is not None
 
 
 @dataclass(frozen=True, slots=True)

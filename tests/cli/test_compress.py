@@ -97,3 +97,28 @@ def test_the_steps_are_listed(call) -> None:
     result = call("backends", "--json")
     names = {one["name"] for one in result.data["compressors"]}
     assert {"rtn", "gptq", "awq", "sparsegpt", "prune_channels", "drop_blocks"} <= names
+
+
+def test_the_format_of_others_is_an_option(call, tiny: str, tmp_path: Path) -> None:
+    words = (
+        "compress",
+        tiny,
+        tmp_path / "out",
+        "--recipe",
+        "rtn",
+        "--set",
+        "bits=8",
+        "--set",
+        "group_size=16",
+    )
+    refused = call(*words, "--quantization-format", "compressed-tensors")
+    assert refused.status != 0
+    assert "dequantize" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    result = call(*words, "--format", "compressed-tensors", "--dequantize")
+    assert result.status == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    unknown = call(*words, "--overwrite", "--format", "fancy")
+    assert unknown.status != 0
+    assert "compressed-tensors" in unknown.stderr

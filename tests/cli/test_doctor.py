@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lmopt.accelerators import Usable
 from lmopt.cli import machine_check, packages_check, plugins_check
 from lmopt.cli.finding import Finding
 
@@ -165,26 +166,10 @@ def test_telemetry(monkeypatch) -> None:
     assert "never connects" in by_name(machine_check.check_telemetry())["Hugging Face hub"].text
 
 
-def test_cuda_is_explained_by_the_bindings_or_the_driver(monkeypatch) -> None:
-    class Answer:
-        name = "cudaErrorInsufficientDriver"
-
-        def __int__(self) -> int:
-            return 35
-
-    runtime = type(sys)("cuda.bindings.runtime")
-    runtime.cudaGetDeviceCount = lambda: (Answer(), None)
-    monkeypatch.setattr(machine_check.importlib, "import_module", lambda name: runtime)
-    found = machine_check.check_cuda()
-    assert found.state == "missing"
-    assert "cudaErrorInsufficientDriver (35)" in found.text
-
-    def absent(name: str) -> None:
-        raise ImportError(name)
-
-    def no_driver(name: str) -> None:
-        raise OSError(name)
-
-    monkeypatch.setattr(machine_check.importlib, "import_module", absent)
-    monkeypatch.setattr(machine_check.ctypes, "CDLL", no_driver)
-    assert "libcuda.so.1 is not found" in machine_check.check_cuda().text
+def test_accelerators_are_listed_with_their_reasons(monkeypatch) -> None:
+    usable = [Usable("CUDA", False, "no driver"), Usable("ONNX Runtime CUDA", True, "compiled in")]
+    monkeypatch.setattr(machine_check, "accelerators", lambda: usable)
+    assert machine_check.check_accelerators() == [
+        Finding("accelerators", "CUDA", "missing", "no driver"),
+        Finding("accelerators", "ONNX Runtime CUDA", "ok", "compiled in"),
+    ]

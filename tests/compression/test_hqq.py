@@ -89,7 +89,7 @@ def test_it_is_the_papers_iteration(zero: str, columns: int) -> None:
 
 def test_codes_are_the_nearest_of_the_grid_and_results_are_the_same() -> None:
     matrix = with_outliers(3000, 96)
-    step, form = HQQ(), Form(4, 32, False)
+    step, form = HQQ(zero="integer"), Form(4, 32, False)
     found = step.apply(matrix, form, "w")
     again = encode(matrix, found.grid, found.scales, found.zero_points)
     assert np.array_equal(again.codes, found.codes)

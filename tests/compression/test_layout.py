@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmopt.compression.layout import BITS, Grid, QuantizedArray, grouped, pack, quantize, unpack
+from lmopt.compression.layout import BITS, Grid, QuantizedArray, grouped, pack, quantize, to_half, unpack
 from lmopt.errors import CorruptArtifactError, InputError, UnsupportedOptionError
 
 
@@ -111,3 +111,25 @@ def test_arrays_must_fit_their_form() -> None:
     scales[0, 0] = np.nan
     with pytest.raises(CorruptArtifactError, match="NaN"):
         QuantizedArray(array.grid, array.codes, scales, array.zero_points)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_half_scales_are_rounded_before_the_codes(symmetric: bool) -> None:
+    matrix = weight(40, 64)
+    array = quantize(matrix, 4, 32, symmetric=symmetric, half=True)
+    assert np.array_equal(array.scales, array.scales.astype(np.float16).astype(np.float32))
+    assert not np.array_equal(array.scales, quantize(matrix, 4, 32, symmetric=symmetric).scales)
+    zero = 8 if array.zero_points is None else array.zero_points[..., None].astype(np.float32)
+    steps = np.rint(grouped(matrix, array.grid) / array.scales[..., None]) + zero
+    # A division and a product with the inverse may part at ties, which are rare.
+    assert (np.clip(steps, 0, 15) == unpack(array.codes, array.grid)).mean() > 0.999
+
+
+def test_numbers_that_half_precision_holds_badly_stay() -> None:
+    for numbers in ([1e5, 1.0], [3e-6, 2e-6], [0.01, 5e-5]):
+        given = np.array([numbers], np.float32) * np.float32(1.0001)
+        assert np.array_equal(to_half(given), given)
+    small = np.array([[1.0001, 1e-9, 0]], np.float32)
+    assert to_half(small).tolist() == [[1.0, 0, 0]], "next to nothing beside the largest"
+    offsets = np.array([[0.01, 5e-5]], np.float32)
+    assert not np.array_equal(to_half(offsets, scales=False), offsets)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lmopt.compression import GPTQ, Mixed, Quantize
+from lmopt.compression import AWQ, GPTQ, Mixed, Quantize
 from lmopt.compression.mixed import Candidate, choose_widths
 from lmopt.errors import UnsupportedOptionError
 
@@ -56,12 +56,13 @@ def test_too_small_a_budget_says_what_to_do():
         choose_widths(candidates(0, 3), 1)
 
 
-def test_the_step_with_widths():
+def test_the_step_with_forms():
     mixed = Mixed(GPTQ(group_size=64, overrides={"*.head": None}), average_bits=4.5)
-    step = mixed.with_widths({"a.up": 3, "a.down": 8})
+    step = mixed.with_forms({"a.up": {"bits": 3}, "a.down": {"bits": 8, "group_size": 32}})
     assert isinstance(step, GPTQ)
     assert step.form("a.up", "linear").bits == 3
     assert step.form("a.down", "linear").bits == 8
+    assert step.form("a.down", "linear").group_size == 32
     assert step.form("b.up", "linear").bits == 4
     assert step.form("a.head", "linear") is None
 
@@ -74,10 +75,27 @@ def test_the_step_with_widths():
         {"choices": (4,)},
         {"choices": (8, 4)},
         {"choices": (1, 4)},
+        {"group_sizes": (12,)},
         {"tokens": 3},
         {"quantizer": "gptq"},
+        {"quantizer": AWQ(fold_only=True)},
     ],
 )
 def test_fields_are_checked(options):
     with pytest.raises(UnsupportedOptionError):
         Mixed(**{"quantizer": Quantize(), **options})
+
+
+def test_options_rise_in_bytes_and_hold_every_pair():
+    found = Mixed(Quantize(), average_bits=4.5, choices=(3, 4), group_sizes=(16, 64)).options()
+    assert found == [
+        {"bits": 3, "group_size": 64},
+        {"bits": 3, "group_size": 16},
+        {"bits": 4, "group_size": 64},
+        {"bits": 4, "group_size": 16},
+    ]
+    assert [one["group_size"] for one in Mixed(Quantize(group_size=64)).options()] == [64] * 5
+
+
+def test_a_better_form_of_equal_bytes_is_taken():
+    assert choose_widths([Candidate(("a",), (2.0, 1.0), (8, 8))], 8) == [1]

@@ -6,7 +6,22 @@ from typing import Annotated, Final
 import typer
 
 from lmopt import __version__
-from lmopt.cli import backends, bench, chat, compare, compress, demo, doctor, evaluate, export, run
+from lmopt.cli import (
+    backends,
+    batch,
+    bench,
+    build,
+    chat,
+    compare,
+    compress,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    launch,
+    run,
+    train,
+)
 from lmopt.cli.verb import command
 
 app = typer.Typer(
@@ -39,10 +54,14 @@ _VERBS: Final[dict[str, Callable[..., None]]] = {
     "run": run.run,
     "chat": chat.chat,
     "export": export.export,
+    "build": build.build,
     "compress": compress.compress,
+    "train": train.train,
+    "launch": launch.launch,
     "compare": compare.compare,
     "bench": bench.bench,
     "eval": evaluate.evaluate,
+    "batch": batch.batch,
     "backends": backends.list_backends,
     "doctor": doctor.doctor,
 }

@@ -78,6 +78,19 @@ def compress(
             show_default=False,
         ),
     ] = None,
+    quantization_format: Annotated[
+        str,
+        typer.Option(
+            "--quantization-format",
+            "--format",
+            help="How quantized weights are written: lmopt (all that lmopt knows), or compressed-tensors, which "
+            "transformers and vLLM read too.",
+        ),
+    ] = "lmopt",
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Write parts in float that compressed-tensors cannot hold."),
+    ] = False,
     dtype: WeightsDtype = "auto",
     overwrite: Overwrite = False,
     trust: Trust = False,
@@ -104,7 +117,9 @@ def compress(
                 texts=texts,
                 progress=tell,
             )
-        artifact = small.save_pretrained(folder, overwrite=overwrite)
+        artifact = small.save_pretrained(
+            folder, overwrite=overwrite, quantization_format=quantization_format, dequantize=dequantize
+        )
     seconds = time.perf_counter() - began
     for one in caught:
         out.warn(str(one.message))

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from lmopt import __version__
 from lmopt.cli.finding import Finding
-from lmopt.cli.machine_check import check_cuda, check_machine, check_telemetry
+from lmopt.cli.machine_check import check_accelerators, check_machine, check_telemetry
 from lmopt.cli.output import Output
 from lmopt.cli.packages_check import check_floors, check_onnxruntime, check_tensorrt, installed
 from lmopt.cli.plugins_check import check_plugins, stale_entry_points
@@ -43,7 +43,7 @@ def examine(plugins: list[Finding]) -> list[Finding]:
         *stale_entry_points(),
         *check_onnxruntime(packages),
         *check_floors(packages),
-        check_cuda(),
+        *check_accelerators(),
         *check_tensorrt(packages),
         *check_machine(),
         *check_telemetry(),

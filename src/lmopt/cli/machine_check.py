@@ -1,13 +1,11 @@
 """What the machine offers: processors, memory, disk, CUDA; and the switches of what reports home."""
 
-import ctypes
-import importlib
 import os
 import shutil
 import sys
-from pathlib import Path
 from typing import Final
 
+from lmopt.accelerators import accelerators
 from lmopt.artifact import cache_folder
 from lmopt.cli.finding import Finding
 from lmopt.cli.output import size
@@ -42,19 +40,11 @@ def check_machine() -> list[Finding]:
     return [*found, _disk()]
 
 
-def check_cuda() -> Finding:
-    """Say whether a CUDA device can be used, and if not, why; no context is made."""
-    try:
-        runtime = importlib.import_module("cuda.bindings.runtime")
-    except (ImportError, OSError):
-        return _driver()
-    error, count = runtime.cudaGetDeviceCount()
-    if int(error) != 0:
-        text = f"no usable CUDA driver: {error.name} ({int(error)}); {_kernel_module()}"
-        return Finding("accelerators", "CUDA", "missing", text)
-    return Finding(
-        "accelerators", "CUDA", "ok" if count else "missing", f"{count} devices; {_kernel_module()}"
-    )
+def check_accelerators() -> list[Finding]:
+    """Say what can compute on a GPU here, and why the rest cannot; no context is made."""
+    return [
+        Finding("accelerators", one.name, "ok" if one.ok else "missing", one.text) for one in accelerators()
+    ]
 
 
 def check_telemetry() -> list[Finding]:
@@ -106,38 +96,3 @@ def _disk() -> Finding:
         step = "export LMOPT_CACHE=/a/larger/disk"
         return Finding("machine", "cache", "warning", f"{text}: too little for most models", step)
     return Finding("machine", "cache", "ok", text)
-
-
-def _driver() -> Finding:
-    """Ask the driver itself, where the package cuda-bindings is not installed."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Finding(
-            "accelerators", "CUDA", "missing", f"no driver: libcuda.so.1 is not found; {_kernel_module()}"
-        )
-    status = driver.cuInit(0)
-    count = ctypes.c_int()
-    if status == 0:
-        status = driver.cuDeviceGetCount(ctypes.byref(count))
-    if status != 0:
-        return Finding(
-            "accelerators",
-            "CUDA",
-            "missing",
-            f"the driver does not start (error {status}); {_kernel_module()}",
-        )
-    return Finding(
-        "accelerators",
-        "CUDA",
-        "ok" if count.value else "missing",
-        f"{count.value} devices; {_kernel_module()}",
-    )
-
-
-def _kernel_module() -> str:
-    try:
-        line = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
-    except (OSError, IndexError):
-        return "the kernel has no NVIDIA module"
-    return line.partition(":")[2].strip()

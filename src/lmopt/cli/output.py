@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO, TypeAlias
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
+    from rich.progress import ProgressColumn, TaskID
 
 Tell: TypeAlias = Callable[[str, int, int], None]
 """Called with the name of a stage of the work, the steps done and their total."""
@@ -108,8 +108,12 @@ class Output:
         self.result({"error": {"type": kind, "message": str(error)}, **about})
 
     @contextmanager
-    def progress(self) -> Iterator[Tell]:
-        """Show a bar with the time left for each stage of some work; a line a stage where nobody watches."""
+    def progress(self, *, unit: str = "") -> Iterator[Tell]:
+        """Show a bar with the time left for each stage of some work; a line a stage where nobody watches.
+
+        Args:
+            unit: What the steps are, to show their number and how many are done in a second.
+        """
         if not self.live:
             told: set[str] = set()
 
@@ -120,12 +124,20 @@ class Output:
 
             yield note
             return
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         stages: dict[str, TaskID] = {}
-        with Progress(*columns, *times, console=self._notes, transient=True) as bars:
+        counts = (MofNCompleteColumn(), _speed_column(unit)) if unit else ()
+        with Progress(*columns, *counts, *times, console=self._notes, transient=True) as bars:
 
             def tell(stage: str, done: int, total: int) -> None:
                 if stage not in stages:
@@ -135,6 +147,17 @@ class Output:
                 bars.update(stages[stage], completed=done, total=known)
 
             yield tell
+
+
+def _speed_column(unit: str) -> "ProgressColumn":
+    from rich.progress import ProgressColumn, Task
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.1f} {unit}/s")
+
+    return Speed()
 
 
 def size(count: float | None) -> str:

@@ -54,13 +54,13 @@ def check_tensorrt(packages: dict[str, str]) -> list[Finding]:
     if full:
         found.append(_full(full))
     else:
-        text = "not installed, and no backend of lmopt uses it yet; its libraries come from NVIDIA's own package index"
+        text = "not installed; its libraries come from NVIDIA's own package index"
         found.append(Finding("accelerators", "TensorRT", "missing", text, _quoted("lmopt[tensorrt]")))
     if rtx:
         found.append(_rtx(rtx))
     else:
         text = (
-            "not installed, and no backend of lmopt uses it yet; plain wheels, for RTX cards "
+            "not installed; plain wheels, for RTX cards "
             "(compute capability 7.5 to 12.x, not 9.0 or 10.0)"
         )
         found.append(Finding("accelerators", "TensorRT-RTX", "missing", text, _quoted("lmopt[tensorrt-rtx]")))

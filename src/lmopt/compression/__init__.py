@@ -5,6 +5,7 @@ Nothing here needs torch: a method works on NumPy matrices. `lmopt.Compressor` a
 
 from lmopt.compression.awq import AWQ
 from lmopt.compression.calibration import Calibration
+from lmopt.compression.cast import Cast
 from lmopt.compression.channels import PruneChannels
 from lmopt.compression.depth import DropBlocks
 from lmopt.compression.gptq import GPTQ
@@ -24,6 +25,7 @@ __all__ = [
     "GPTQ",
     "HQQ",
     "Calibration",
+    "Cast",
     "DampedWarning",
     "DropBlocks",
     "Magnitude",

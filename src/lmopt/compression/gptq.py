@@ -1,6 +1,6 @@
 """Choose codes so that each column makes up for the errors of those before it (GPTQ)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lmopt.compression.grid_search import inverse, search_groups
 from lmopt.compression.hessian import check_damping, damped, is_dead
-from lmopt.compression.layout import Codes, Grid, QuantizedArray, check_weight, pack, quantize
+from lmopt.compression.layout import Codes, Grid, QuantizedArray, check_weight, pack, to_half
 from lmopt.compression.round_to_nearest import Form, Quantize
 from lmopt.compression.statistics import Statistics
 from lmopt.errors import UnsupportedOptionError
@@ -76,7 +76,7 @@ class GPTQ(Quantize):
             DampedWarning: The Hessian was singular and more damping was needed.
         """
         if statistics is None:
-            return quantize(weight, form.bits, form.group_size, symmetric=form.symmetric, what=name)
+            return Quantize.apply(self, weight, form, name)
         check_weight(weight, name)
         statistics.check(weight.shape[1], name)
         gram = statistics.gram
@@ -87,22 +87,34 @@ class GPTQ(Quantize):
         if self.search:
             # The damped diagonal, so that the grid suits what the codes are then chosen by.
             importance = np.diagonal(gram) + np.float32(self.damping) * np.diagonal(gram).mean()
-            scales, zero_points = search_groups(weight, grid, importance)
+            scales, zero_points = search_groups(weight, grid, importance, half=form.half)
         else:
-            plain = quantize(weight, form.bits, form.group_size, symmetric=form.symmetric)
+            plain = Quantize.apply(self, weight, form, name)
             scales, zero_points = plain.scales, plain.zero_points
-        order = np.argsort(-np.diagonal(gram), kind="stable") if self.act_order else np.arange(len(gram))
-        hessian, factor = damped(gram[np.ix_(order, order)], self.damping, self.shrinkage, name)
-        work = _Columns(weight, grid, scales, zero_points, order)
+        order, hessian, in_place, factor = statistics.once(
+            (GPTQ.name, self.damping, self.shrinkage, self.act_order), lambda: self._factored(gram, name)
+        )
+        work = _Columns(weight, grid, scales, zero_points, order, half=form.half)
         work.round_all(factor, self.block_size)
         if self.refine:
-            places = np.argsort(order)
-            in_place = hessian[np.ix_(places, places)]
             work.fit_scales(in_place)
             for _ in range(self.refine):
                 work.descend(hessian, self.block_size)
                 work.fit_scales(in_place)
         return work.result(zero_points)
+
+    def draft(self) -> "GPTQ":
+        """Give a quicker step; see `Quantize.draft`."""
+        return replace(self, search=False, refine=0)
+
+    def _factored(
+        self, gram: FloatArray, name: str
+    ) -> tuple[NDArray[np.intp], FloatArray, FloatArray, FloatArray]:
+        """Give the order of the work, the Hessian in this order and in the weight's, and its factor."""
+        order = np.argsort(-np.diagonal(gram), kind="stable") if self.act_order else np.arange(len(gram))
+        hessian, factor = damped(gram[np.ix_(order, order)], self.damping, self.shrinkage, name)
+        places = np.argsort(order)
+        return order, hessian, hessian[np.ix_(places, places)], factor
 
 
 class _Columns:
@@ -115,8 +127,10 @@ class _Columns:
         scales: FloatArray,
         zero_points: Codes | None,
         order: NDArray[np.intp],
+        *,
+        half: bool,
     ) -> None:
-        self.grid, self.order = grid, order
+        self.grid, self.order, self.half = grid, order, half
         self.group = order // grid.group_size
         self.weight = np.ascontiguousarray(weight.T[order], np.float32)
         self.codes: FloatArray = np.zeros_like(self.weight)
@@ -189,6 +203,8 @@ class _Columns:
             # Of a step that solves a row's equations, this is twice the gain; noise alone makes it negative.
             gain = (change * slope).sum(0)
             self.scales[:, part] += np.where(np.isfinite(gain) & (gain > 0), change, 0).astype(np.float32)
+        if self.half:
+            self.scales = to_half(self.scales)
 
     def result(self, zero_points: Codes | None) -> QuantizedArray:
         """Put the columns back into their places."""

@@ -11,7 +11,16 @@ from typing import Final
 
 import numpy as np
 
-from lmopt.compression.layout import Codes, Grid, QuantizedArray, check_weight, grouped, pack, quantize
+from lmopt.compression.layout import (
+    Codes,
+    Grid,
+    QuantizedArray,
+    check_weight,
+    grouped,
+    pack,
+    quantize,
+    to_half,
+)
 from lmopt.errors import ShapeError, UnsupportedOptionError
 from lmopt.types import FloatArray
 
@@ -29,6 +38,7 @@ def search_groups(
     *,
     shrink: Sequence[float] = SHRINK,
     rounds: int = 2,
+    half: bool = False,
 ) -> tuple[FloatArray, Codes | None]:
     """Find a scale (and zero point) for every group with little `sum_k importance_k (w_k - w'_k)^2`.
 
@@ -41,6 +51,7 @@ def search_groups(
         importance: `(columns,)` float32, not negative.
         shrink: Shares of a group's range to try.
         rounds: How often codes and scales are fitted to each other after that.
+        half: Whether scales are rounded to half precision (`layout.to_half`).
 
     Returns:
         `(rows, groups)` float32 scales and, where the zero is integer, uint8 zero points.
@@ -74,11 +85,16 @@ def search_groups(
         scales[rows] = search.scales
         if zero_points is not None:
             zero_points[rows] = search.zeros
-    return scales, zero_points
+    return to_half(scales) if half else scales, zero_points
 
 
 def encode(
-    weight: FloatArray, grid: Grid, scales: FloatArray, zeros: FloatArray | Codes | None = None
+    weight: FloatArray,
+    grid: Grid,
+    scales: FloatArray,
+    zeros: FloatArray | Codes | None = None,
+    *,
+    half: bool = False,
 ) -> QuantizedArray:
     """Round a weight to the nearest codes of given scales and zeros.
 
@@ -88,9 +104,16 @@ def encode(
         scales: `(rows, groups)` float32; a group whose scale is 0 becomes zero.
         zeros: `(rows, groups)`, the code that means zero: whole where the grid's zero is integer, any number
             where it is an offset, `None` where it is symmetric.
+        half: Whether scales and offsets are rounded to half precision (`layout.to_half`).
     """
+    if half:
+        scales = to_half(scales)
     codes = np.empty((grid.rows, grid.groups, grid.group_size), np.uint8)
     places = np.full_like(scales, grid.midpoint) if zeros is None else np.asarray(zeros, np.float32)
+    offsets = -scales * places
+    if half and grid.zero == "offset":
+        offsets = to_half(offsets, scales=False)
+        places = -offsets * inverse(scales)
     step = max(1, _CHUNK // (grid.groups * grid.group_size))
     for first in range(0, grid.rows, step):
         rows = slice(first, first + step)
@@ -103,7 +126,7 @@ def encode(
         codes[rows] = np.clip(steps, 0, 2**grid.bits - 1, out=steps)
     packed = pack(codes, grid)
     if grid.zero == "offset":
-        return QuantizedArray(grid, packed, scales, offsets=-scales * places)
+        return QuantizedArray(grid, packed, scales, offsets=offsets)
     return QuantizedArray(grid, packed, scales, None if zeros is None else places.astype(np.uint8))
 
 

@@ -1,12 +1,13 @@
 """Fit scales and zeros to a weight without any texts, by half-quadratic optimisation (HQQ)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final, Literal
 
 import numpy as np
 
 from lmopt.compression.grid_search import encode, inverse
 from lmopt.compression.layout import Grid, QuantizedArray, check_weight, grouped, quantize
+from lmopt.compression.overrides import Part
 from lmopt.compression.round_to_nearest import Form, Quantize
 from lmopt.compression.statistics import Statistics
 from lmopt.errors import UnsupportedOptionError
@@ -21,20 +22,21 @@ class HQQ(Quantize):
     """Round to a grid that is fitted to the many small weights of a group rather than to its outliers.
 
     The error of a weight is split into a sparse part, found by shrinking (equation 4), and a rest, to which
-    the zero is fitted in closed form (equation 6). Errors are counted in steps of the group, so that the
-    fields mean the same in every model; the scale is fitted along with the zero, without which a whole zero
-    would gain nothing; and of all iterations a group keeps the one with the least squared error, the first
-    being round to nearest.
+    the zero, a float, is fitted in closed form (equation 6). Errors are counted in steps of the group, so that
+    the fields mean the same in every model; the scale is fitted along with the zero; and of all iterations a group
+    keeps the one with the least squared error, the first being round to nearest.
 
     Attributes:
-        symmetric: Off here, since the zero is what the method is about; where it is on, scales are fitted.
+        symmetric: Off here, since the zero is what the method is about. Where it is on, only scales are fitted,
+            and a smaller error of the weights is no smaller loss of the model: the largest weights, which
+            round to nearest meets, matter more than their number.
         p: Of the `l_p` norm that the sparse part is given, above 0 to 1.
         beta: How strongly both parts are held to the error; what exceeds about `beta ** (-1 / (2 - p))`
             steps counts as an outlier.
         kappa: Factor by which `beta` grows with each iteration, at least 1.
         iterations: Fits, one after the other.
-        zero: `"integer"`, a whole number that every kernel takes, or `"offset"`, a float, which fits far
-            more closely and takes 3 bytes more for each group. Without meaning where `symmetric` is on.
+        zero: `"offset"`, a float as in the paper, or `"integer"`, a whole number, which takes a byte less for
+            each group and gains nothing over round to nearest. Without meaning where `symmetric` is on.
 
     Raises:
         UnsupportedOptionError: A value is impossible.
@@ -51,7 +53,7 @@ class HQQ(Quantize):
     beta: float = 10.0
     kappa: float = 1.01
     iterations: int = 20
-    zero: Literal["integer", "offset"] = "integer"
+    zero: Literal["integer", "offset"] = "offset"
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -69,6 +71,11 @@ class HQQ(Quantize):
         ):
             if not valid:
                 raise UnsupportedOptionError(f"{name} is {getattr(self, name)!r}; expected {told}")
+
+    def form(self, path: str, part: Part) -> Form | None:
+        """Say how a weight is quantized; see `Quantize.form`."""
+        form = Quantize.form(self, path, part)
+        return None if form is None else replace(form, offset=self.zero == "offset")
 
     def apply(
         self, weight: FloatArray, form: Form, name: str, statistics: Statistics | None = None
@@ -92,7 +99,7 @@ class HQQ(Quantize):
         for first in range(0, rows, step):
             part = slice(first, first + step)
             self._fit(grouped(weight[part], grid), real, scales[part], zeros[part], grid)
-        return encode(weight, grid, scales, None if form.symmetric else zeros)
+        return encode(weight, grid, scales, None if form.symmetric else zeros, half=form.half)
 
     def _fit(
         self, groups: FloatArray, real: FloatArray, scales: FloatArray, zeros: FloatArray, grid: Grid

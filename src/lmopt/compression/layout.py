@@ -15,6 +15,9 @@ The value of a code is, in float32 and in this order of operations,
     scale * code + offset         with an offset
 
 so that every engine that follows it holds the same numbers bit by bit. Nothing here needs torch.
+
+Scales and offsets are float32 numbers in memory and in graphs. Where half precision holds all of an array exactly,
+which `to_half` sees to, files store it in 16 bits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,6 +35,10 @@ BITS: Final = range(2, 9)
 
 # Codes that are unpacked at once: their bits, a byte each, stay in a core's cache.
 _CHUNK: Final = 1 << 19
+
+# The smallest number that half precision holds with all its digits, and the largest at all.
+_LEAST_HALF: Final = 2.0**-14
+_MOST_HALF: Final = 65504.0
 
 Codes = NDArray[np.uint8]
 
@@ -236,6 +243,22 @@ def grouped(weight: FloatArray, grid: Grid) -> FloatArray:
     return padded.reshape(len(weight), grid.groups, grid.group_size)
 
 
+def to_half(numbers: FloatArray, *, scales: bool = True) -> FloatArray:
+    """Round numbers to half precision, as float32; all codes must be chosen by what comes out.
+
+    Numbers beyond its range stay as they are, all of the array, and so do scales that it would hold too coarsely,
+    unless they are nothing beside the largest.
+
+    Args:
+        numbers: Scales, or offsets.
+        scales: Whether they are scales: an offset near 0 needs no more digits than its neighbours have.
+    """
+    size = np.abs(numbers)
+    most = float(size.max(initial=0))
+    coarse = scales and bool(((size < _LEAST_HALF) & (size > most / 1024)).any())
+    return numbers if coarse or most > _MOST_HALF else numbers.astype(np.float16).astype(np.float32)
+
+
 def check_weight(weight: FloatArray, what: str) -> None:
     """Refuse what is no sound weight.
 
@@ -249,7 +272,13 @@ def check_weight(weight: FloatArray, what: str) -> None:
 
 
 def quantize(
-    weight: FloatArray, bits: int, group_size: int, *, symmetric: bool = True, what: str = "the weight"
+    weight: FloatArray,
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool = True,
+    half: bool = False,
+    what: str = "the weight",
 ) -> QuantizedArray:
     """Round a weight to the nearest codes (round-to-nearest, RTN).
 
@@ -262,6 +291,7 @@ def quantize(
         bits: Width of a code, 2 to 8.
         group_size: Columns that share a scale.
         symmetric: Whether zero is the middle code.
+        half: Whether scales are rounded by `to_half`.
         what: Name for messages.
 
     Raises:
@@ -280,11 +310,13 @@ def quantize(
         if zero_points is None:
             extreme = np.where(-lowest >= highest, lowest, highest)
             scale = extreme / np.float32(-grid.midpoint)
+            scale = to_half(scale) if half else scale
             zero = np.float32(grid.midpoint)
         else:
             lowest, highest = np.minimum(lowest, 0), np.maximum(highest, 0)
             # In halves: the span of two finite floats may exceed the largest one.
             scale = (highest / 2 - lowest / 2) / np.float32((2**bits - 1) / 2)
+            scale = to_half(scale) if half else scale
             zero = np.rint(np.divide(-lowest, scale, out=np.zeros_like(scale), where=scale != 0))[..., None]
             zero_points[part] = zero[..., 0]
         inverse = np.divide(

@@ -1,5 +1,6 @@
 """Give each weight the width that it deserves, under a budget."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
@@ -29,6 +30,7 @@ class Mixed:
         average_bits: Budget: bits a weight on average over everything that the step quantizes,
             scales and zeros counted.
         choices: Widths that are tried, rising.
+        group_sizes: Group sizes that are tried with each width; the quantizer's alone where there are none.
         tokens: Calibration tokens that sensitivities are measured on, at least 64.
 
     Raises:
@@ -42,18 +44,21 @@ class Mixed:
     quantizer: Quantize = field(default_factory=Quantize)
     average_bits: float = 5.0
     choices: Sequence[int] = (3, 4, 5, 6, 8)
+    group_sizes: Sequence[int] = ()
     tokens: int = 8192
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if not isinstance(self.quantizer, Quantize):
+        if not isinstance(self.quantizer, Quantize) or getattr(self.quantizer, "fold_only", False):
             raise UnsupportedOptionError(
                 f"quantizer is {self.quantizer!r}; expected a quantizer such as GPTQ()"
             )
         if len(self.choices) < 2 or list(self.choices) != sorted(set(self.choices)):
             raise UnsupportedOptionError(f"choices are {self.choices!r}; expected two or more rising widths")
-        for bits in self.choices:
-            check_form(bits, self.quantizer.group_size)
+        for bits, group_size in itertools.product(
+            self.choices, self.group_sizes or (self.quantizer.group_size,)
+        ):
+            check_form(bits, group_size)
         if not self.choices[0] < self.average_bits <= 16:
             raise UnsupportedOptionError(
                 f"average_bits is {self.average_bits!r}; expected more than {self.choices[0]}, the narrowest "
@@ -67,14 +72,19 @@ class Mixed:
         """The narrowest width that may come out."""
         return min(self.choices)
 
-    def with_widths(self, widths: Mapping[str, int]) -> Quantize:
-        """Give the step that quantizes each weight with its own width.
+    def options(self) -> list[dict[str, int]]:
+        """List bits and group size of all forms that a weight may get, the smallest first."""
+        sizes = self.group_sizes or (self.quantizer.group_size,)
+        found = [{"bits": bits, "group_size": size} for bits, size in itertools.product(self.choices, sizes)]
+        return sorted(found, key=lambda one: one["bits"] + self.quantizer.scale_bits / one["group_size"])
+
+    def with_forms(self, forms: Mapping[str, Mapping[str, int]]) -> Quantize:
+        """Give the step that quantizes each weight with its own width and group size.
 
         Args:
-            widths: By path of the weight.
+            forms: By path of the weight.
         """
-        chosen = {path: {"bits": bits} for path, bits in widths.items()}
-        return replace(self.quantizer, overrides={**chosen, **self.quantizer.overrides})
+        return replace(self.quantizer, overrides={**forms, **self.quantizer.overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Give the step as plain data for a recipe."""
@@ -87,8 +97,8 @@ class Candidate:
 
     Attributes:
         paths: Which.
-        costs: Predicted loss for each choice, falling.
-        bytes: Bytes for each choice, rising.
+        costs: Predicted loss for each choice.
+        bytes: Bytes for each choice, roughly rising: what fills a last group up may disturb the order.
     """
 
     paths: tuple[str, ...]
@@ -126,8 +136,9 @@ def choose_widths(candidates: Sequence[Candidate], budget_bytes: int) -> list[in
             for choice in range(now + 1, len(one.bytes)):
                 more = one.bytes[choice] - one.bytes[now]
                 if used + more > budget_bytes:
-                    break
-                gain = (one.costs[now] - one.costs[choice]) / more
+                    continue
+                # A better form that takes no more bytes is for nothing.
+                gain = (one.costs[now] - one.costs[choice]) / max(more, 1e-9)
                 if gain > 0 and (best is None or gain > best[0]):
                     best = gain, number, choice
         if best is None:

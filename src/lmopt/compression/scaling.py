@@ -13,6 +13,8 @@ from lmopt.compression.layout import QuantizedArray
 from lmopt.compression.statistics import Statistics
 from lmopt.types import FloatArray
 
+# Rows of a weight that scales are tried on: errors of so many tell those of all.
+_ROWS: Final = 256
 # Scales further apart than this are more than a trained weight can take in float16.
 _MOST: Final = 1e4
 
@@ -41,7 +43,7 @@ def search_scales(
     """Find the scales with the least error of what the linears compute (AWQ, Lin 2023, arXiv:2306.00978, eq. 4, 5).
 
     `s = mean|x| ** alpha`, `alpha` from 0 to 1 in `n_grid` steps; the error is `||(Q(W s) / s - W) X||`, summed
-    over the linears that read the same input.
+    over the linears that read the same input, of up to 512 rows spread evenly over each.
 
     Args:
         weights: `(N, K)` float32 each.
@@ -53,14 +55,16 @@ def search_scales(
         `(K,)` float32, or `None` where no scales are better than none.
     """
     size = np.maximum(statistics.mean_abs.astype(np.float64), 1e-8 * float(statistics.mean_abs.max()) or 1e-8)
+    steps = [max(1, len(weight) // _ROWS) for weight in weights]
+    samples = [weight[::every] for weight, every in zip(weights, steps, strict=True)]
     best: FloatArray | None = None
     least = np.inf
     for step in range(n_grid + 1):
         scales = _normal(size ** (step / n_grid))
         loss = 0.0
-        for number, weight in enumerate(weights):
+        for number, weight in enumerate(samples):
             error = quantize(weight * scales, number).values() / scales - weight
-            loss += float(np.vdot(error @ statistics.gram, error))
+            loss += float(np.vdot(error @ statistics.gram, error)) * len(weights[number]) / len(weight)
         if loss < least:
             least, best = loss, scales if step else None
     return best

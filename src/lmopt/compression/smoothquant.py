@@ -15,9 +15,8 @@ from lmopt.types import FloatArray
 class SmoothQuant(Quantize):
     """Divide inputs by `max|x|**alpha / max|w|**(1-alpha)`, multiply weights by it, then round weights.
 
-    Xiao et al. 2022, "SmoothQuant", arXiv:2211.10438. Activations stay in float in eager mode; they are rounded
-    to 8 bits, row by row and block by block, by engines that are asked to:
-    `Exporter(target="onnxruntime", accuracy_level=4)`.
+    Xiao et al. 2022, "SmoothQuant", arXiv:2211.10438. Weights and activations take 8 bits (W8A8);
+    `activations=None` leaves the latter in float, and then there is little reason to smooth anything.
 
     Attributes:
         alpha: How much of the difficulty goes from the activations to the weights, 0 to 1.
@@ -27,6 +26,7 @@ class SmoothQuant(Quantize):
     needs_texts: ClassVar[bool] = True
 
     bits: int = 8
+    activations: int | None = 8
     alpha: float = 0.5
 
     def __post_init__(self) -> None:

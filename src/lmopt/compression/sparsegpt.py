@@ -74,7 +74,10 @@ class SparseGPT(Prune):
         rows, columns = weight.shape
         statistics.check(columns, name)
         check_window(columns, form, name)
-        _, factor = damped(statistics.gram, self.damping, self.shrinkage, name)
+        _, factor = statistics.once(
+            (SparseGPT.name, self.damping, self.shrinkage),
+            lambda: damped(statistics.gram, self.damping, self.shrinkage, name),
+        )
         pivots = np.diagonal(factor)
         # Each column is a row in memory.
         work: FloatArray = np.ascontiguousarray(weight.T, np.float32)

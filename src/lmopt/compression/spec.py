@@ -33,4 +33,5 @@ CHANNELS: Final = StepSpec(
     "prune_channels", "lmopt.compression:PruneChannels", description="fewer channels in the MLPs"
 )
 HEADS: Final = StepSpec("prune_heads", "lmopt.compression:PruneHeads", description="fewer attention heads")
+CAST: Final = StepSpec("cast", "lmopt.compression:Cast", description="16 bits, float32 where ranges need it")
 BLOCKS: Final = StepSpec("drop_blocks", "lmopt.compression:DropBlocks", description="fewer blocks")

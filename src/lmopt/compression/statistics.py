@@ -4,14 +4,17 @@ One pass over the calibration texts is enough for every method: GPTQ and SparseG
 the inputs (`gram`), Wanda their diagonal, AWQ the mean and SmoothQuant the largest magnitude of each input.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmopt.errors import DtypeError, InputError, ShapeError
 from lmopt.types import FloatArray
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +38,7 @@ class Statistics:
     mean_abs: FloatArray
     max_abs: FloatArray
     tokens: int
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the arrays."""
@@ -80,6 +84,24 @@ class Statistics:
         with np.errstate(invalid="ignore", over="ignore"):  # what comes of it is refused
             gram = inputs.T @ inputs / np.float32(tokens)
         return cls(gram, size.mean(0, dtype=np.float64).astype(np.float32), size.max(0), tokens)
+
+    def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """Give what follows from the statistics alone, made at the first call.
+
+        Linears that read one tensor have one object, and so share a factored Hessian.
+
+        Args:
+            key: Names what is made, with all that it depends on beside the statistics.
+            make: Makes it.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        made: _Made = self._made[key]
+        return made
+
+    def forget(self) -> None:
+        """Let go of what `once` has made."""
+        self._made.clear()
 
     @property
     def columns(self) -> int:

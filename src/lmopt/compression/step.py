@@ -48,12 +48,16 @@ class Setting:
         progress: Told what is done.
         errors: Receives, by path of each weight that was changed, the relative error of what it computes
             on the calibration texts, `||(W - W') X|| / ||W X||`; of the weight itself where there are none.
+        original: The `lmopt.Model` that the recipe began with, for steps that recover towards it.
+        current: The `lmopt.Model` of the module that the step is given: its tokenizer and facts.
     """
 
     vocab_size: int
     rows: Sequence[IntArray] = ()
     progress: Progress = silent
     errors: dict[str, float] = field(default_factory=dict)
+    original: Any = None
+    current: Any = None
 
 
 def plain_fields(step: Any) -> dict[str, Any]:

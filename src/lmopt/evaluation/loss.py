@@ -1,7 +1,7 @@
 """What a compression costs: the compressed model held against the original, both in eager mode."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -10,12 +10,16 @@ from numpy.typing import NDArray
 
 from lmopt.errors import InputError
 from lmopt.evaluation.divergence import DifferenceMeter, LogitsDifference
-from lmopt.evaluation.parity import Reference
 from lmopt.evaluation.perplexity import negative_log_likelihood
 from lmopt.evaluation.tolerances import Tolerance
-from lmopt.types import IntArray
+from lmopt.types import FloatArray, IntArray
 
 _WORST: Final = 5
+# Positions whose logits are held at once.
+_PIECE: Final = 64
+
+Pieces = Callable[[IntArray, int], Iterator[FloatArray]]
+"""Reads `(sequence,)` ids at once and gives `(size, vocab_size)` logits, so many positions at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +100,8 @@ class CompressionReport:
 
 
 def measure_loss(
-    reference: Reference,
-    candidate: Reference,
+    reference: Pieces,
+    candidate: Pieces,
     rows: Sequence[IntArray],
     *,
     bytes: int,
@@ -128,9 +132,17 @@ def measure_loss(
     for place, ids in enumerate(rows):
         if progress is not None:
             progress("measure", place, len(rows))
-        pair = reference(ids), candidate(ids)
-        meter.update(*pair)
-        losses.append(np.stack([negative_log_likelihood(logits[:-1], ids[1:]) for logits in pair]))
+        start = 0
+        for pair in zip(reference(ids, _PIECE), candidate(ids, _PIECE), strict=True):
+            meter.update(*pair)
+            # Behind the last position there is nothing that could be predicted.
+            targets = ids[start + 1 : start + 1 + len(pair[0])]
+            losses.append(
+                np.stack([negative_log_likelihood(one[: len(targets)], targets) for one in pair])
+                if len(targets)
+                else np.empty((2, 0))
+            )
+            start += len(pair[0])
     before, after = np.concatenate(losses, axis=1)
     excess = after - before
     return CompressionReport(

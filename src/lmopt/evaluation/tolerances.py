@@ -60,6 +60,9 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = MappingProxyType(
             # in six scripts, scatter more: up to 0.013 and 84 % for SmolLM2 damaged by 4-bit symmetric
             # weights, 0.008 and 91 % for seeded tiny models. A lost offset gives 0.4.
             Tolerance("int8-activations", kl_mean=3e-2, top1=0.75, perplexity_ratio=1.02),
+            # Keys and values in 8 bits. SmolLM2 on 256 tokens of wiki: KL 0.0015 to 0.0031 by the
+            # texts that the scales were measured on, top-1 97 to 99 %.
+            Tolerance("int8-cache", kl_mean=1e-2, top1=0.85, perplexity_ratio=1.01),
             Tolerance("int8", kl_mean=5e-3, top1=0.98, perplexity_ratio=1.005),
             Tolerance("int4", kl_mean=5e-2, top1=0.90, perplexity_ratio=1.05),
         )
@@ -71,7 +74,8 @@ def tolerance_for(dtype: str) -> Tolerance:
     """Look up the limits of a type.
 
     Args:
-        dtype: `"float32"`, `"float16"`, `"bfloat16"`, `"int8-activations"`, `"int8"` or `"int4"`.
+        dtype: `"float32"`, `"float16"`, `"bfloat16"`, `"int8-activations"`, `"int8-cache"`,
+            `"int8"` or `"int4"`.
 
     Raises:
         UnsupportedOptionError: The table has no such row.

@@ -72,7 +72,7 @@ def plan(
     planned = [_of_spec(backend, check) for check in SPEC_CHECKS]
     usable = []
     for device in devices or can.devices:
-        if reason := missing_device(device):
+        if reason := missing_device(device, live=LIVE in can.formats):
             planned.append(PlannedCheck("device", device, reason, _skip(reason)))
         else:
             usable.append(device)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
+from lmopt.accelerators import cuda
 from lmopt.artifact import Artifact, publish
 from lmopt.contracts import ExportRequest
 from lmopt.errors import PluginError, UnsupportedError
@@ -47,14 +48,23 @@ def exporter_for(model_format: str) -> str:
     return ""
 
 
-def missing_device(device: str) -> str:
-    """Say why a device cannot be used on this machine, `""` where it can as far as is known."""
+def missing_device(device: str, *, live: bool) -> str:
+    """Say why a device cannot be used on this machine, `""` where it can as far as is known.
+
+    Args:
+        device: Device.
+        live: Whether the backend takes live modules, which is to say that torch must be able to use it, too.
+    """
     if device.partition(":")[0] != "cuda":
         return ""
+    if problem := cuda().problem:
+        return problem
     models.require_torch()
     import torch
 
-    return "" if torch.cuda.is_available() else "this machine has no CUDA device"
+    if live and not torch.cuda.is_available():
+        return f"torch {torch.__version__} cannot use the CUDA device of this machine"
+    return ""
 
 
 class Workshop:

@@ -162,8 +162,12 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id. A model's own vocabulary may be padded beyond it."""
+        return max(self.vocabulary().values(), default=-1) + 1
+
+    def vocabulary(self) -> dict[str, int]:
+        """Give the id of every token, special ones included, by its spelling."""
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        return max(vocabulary.values(), default=-1) + 1
+        return vocabulary
 
     def id_to_token(self, token_id: int) -> str | None:
         """Return a token as the vocabulary spells it, or `None` where the id has none."""

@@ -190,6 +190,31 @@ def test_an_own_module_is_cut_and_comes_back(tmp_path: Path) -> None:
         lmopt.Model.from_module(Stacked(blocks=2)).load_weights(tmp_path / "m")
 
 
+class InARow(Stacked):
+    """Blocks that torch runs one after the other."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.parts = torch.nn.Sequential(*self.parts)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.parts(self.table(input_ids)))
+        return result
+
+
+def test_a_sequential_is_a_list_of_blocks_too(tmp_path: Path) -> None:
+    module = InARow()
+    for weight in module.parts[1].down.parameters():
+        weight.data.zero_()
+    small = lmopt.Model.from_module(module).with_module(drop_blocks(module, DropBlocks(count=1), setting()))
+    assert isinstance(small.module.parts, torch.nn.Sequential)
+    assert len(small.module.parts) == 3
+    assert torch.equal(logits(small.module), logits(module))
+    small.save_pretrained(tmp_path / "m")
+    back = lmopt.Model.from_module(InARow(seed=3)).load_weights(tmp_path / "m")
+    assert torch.equal(logits(back.module), logits(small.module))
+
+
 class Crossed(Stacked):
     """Blocks that are not run one after the other."""
 

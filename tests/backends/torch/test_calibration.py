@@ -153,3 +153,7 @@ def test_linears_that_read_one_tensor_share_the_work():
 def test_the_longest_list_of_equal_blocks_is_the_stack():
     assert find_stack(tiny_llama())[0] == "model.layers"
     assert find_stack(nn.Linear(3, 3)) is None
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(3)))
+    assert find_stack(nn.ModuleDict({"body": blocks}))[0] == "body"
+    # Layers of one block are no blocks.
+    assert find_stack(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))) is None

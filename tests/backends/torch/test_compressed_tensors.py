@@ -248,6 +248,17 @@ def test_unknown_formats_are_refused(options: dict[str, Any], tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_exporter_writes_it_too(tmp_path: Path) -> None:
+    model = save(small_llama(), tmp_path / "saved")
+    artifact = lmopt.Exporter("safetensors", quantization_format=FORMAT).export(model, tmp_path / "out")
+    assert artifact.manifest["formats"]["safetensors"]["quantization_format"] == FORMAT
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (
+        tmp_path / "saved/model.safetensors"
+    ).read_bytes()
+    with pytest.raises(UnsupportedOptionError, match="it has: quantization_format, dequantize"):
+        lmopt.Exporter("safetensors", quality="best").export(model, tmp_path / "other")
+
+
 def test_what_the_format_cannot_say_is_written_in_float_on_request(tmp_path: Path) -> None:
     module = tied()
     save(module, tmp_path / "m", dequantize=True)

@@ -12,7 +12,8 @@ from lmopt.backends.torch.compressing import by_matrix, relative_error
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.backends.torch.quantizing import find_weights, matrix_of
 from lmopt.backends.torch.scaling import find_producer
-from lmopt.compression import AWQ, GPTQ, Quantize
+from lmopt.compression import AWQ, GPTQ, Quantize, SparseGPT
+from lmopt.compression.hessian import damped
 from lmopt.compression.statistics import Statistics
 from lmopt.compression.step import Setting
 from lmopt.errors import InputError, UnsupportedOptionError
@@ -205,3 +206,72 @@ def test_progress_ends_at_its_total():
     used = Setting(VOCAB, setting().rows, lambda stage, done, total: told.append((done, total)))
     by_matrix(tiny_llama(), GPTQ(4, 16), used)
     assert told[-1][0] == told[-1][1] == len(told)
+
+
+def test_folded_scales_leave_the_model_and_help_the_next_step():
+    module = build("llama")
+    folded = by_matrix(module, AWQ(bits=3, group_size=16, n_grid=4, fold_only=True), setting())
+    assert not quantized_parts(folded)
+    assert torch.allclose(logits(folded), logits(module), atol=1e-4)
+    changed = [
+        path for path in ("model.layers.0.input_layernorm", "model.layers.0.self_attn.q_proj")
+        if not torch.equal(folded.get_submodule(path).weight, module.get_submodule(path).weight)
+    ]  # fmt: skip
+    assert len(changed) == 2
+    both = by_matrix(folded, GPTQ(bits=3, group_size=16, embedding=None, head=None), setting())
+    assert quantized_parts(both)
+
+
+@pytest.mark.parametrize("step", [GPTQ(bits=4, group_size=16, embedding=None, head=None), SparseGPT()])
+def test_linears_that_read_one_tensor_share_a_factored_hessian(step, monkeypatch):
+    calls = []
+
+    def counted(gram, damping, shrinkage, name):
+        calls.append(name)
+        return damped(gram, damping, shrinkage, name)
+
+    monkeypatch.setattr(f"{type(step).__module__}.damped", counted)
+    by_matrix(build("llama"), step, setting())
+    kinds = [name.rpartition(".")[2] for name in calls]
+    assert kinds == ["q_proj", "o_proj", "gate_proj", "down_proj"] * 2
+
+
+def tied(seed=0):
+    import transformers
+
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "read"), [(4, True), (8, False)])
+def test_a_tied_head_is_rounded_by_what_it_reads(bits, read):
+    module = tied()
+    seen = {}
+
+    @dataclass(frozen=True, slots=True)
+    class Watched(GPTQ):
+        name: ClassVar[str] = "watched"
+
+        def apply(self, weight, form, name, statistics=None):
+            seen[name] = statistics
+            return GPTQ.apply(self, weight, form, name, statistics)
+
+    step = Watched(bits=4, group_size=16, embedding=bits, head=bits)
+    small = by_matrix(module, step, setting())
+    assert next(iter(seen)) == "model.embed_tokens", "blocks must be changed on what they will read"
+    assert (seen["model.embed_tokens"] is not None) == read
+    parts = quantized_parts(small)
+    assert parts["lm_head"].codes.data_ptr() == parts["model.embed_tokens"].codes.data_ptr()
+    if read:
+        plain = by_matrix(module, Quantize(bits=4, group_size=16, embedding=4, head=4), setting())
+        weight, gram = matrix_of(module.lm_head).detach().numpy(), seen["model.embed_tokens"].gram
+        losses = []
+        for one in (small, plain):
+            error = quantized_parts(one)["lm_head"].weight.numpy() - weight
+            losses.append(float(np.vdot(error @ gram, error)))
+        assert losses[0] < 0.9 * losses[1]

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lmopt
 from lmopt.backends.torch.compressing import by_matrix
 from lmopt.backends.torch.quantized import QuantizedEmbedding, QuantizedLinear, quantized_parts
 from lmopt.backends.torch.quantizing import describe, find_weights, stored_bytes
-from lmopt.compression import Quantize
+from lmopt.compression import HQQ, Quantize
 from lmopt.compression.layout import BITS, Grid, QuantizedArray, pack, quantize
 from lmopt.compression.step import Setting
 from lmopt.errors import CorruptArtifactError, UnsupportedError, UnsupportedOptionError
@@ -101,7 +102,7 @@ def test_all_linears_and_the_embedding_become_quantized(model: lmopt.Model, smal
     original = model.module.state_dict()
     for path, part in quantized_parts(small.module).items():
         bits = part.grid.bits
-        expected = quantize(original[f"{path}.weight"].numpy(), bits, 32, symmetric=False).values()
+        expected = quantize(original[f"{path}.weight"].numpy(), bits, 32, symmetric=False, half=True).values()
         assert np.array_equal(part.weight.numpy(), expected)
 
 
@@ -196,9 +197,9 @@ _FAULTS = {
     "no parts": (_config(lambda c: c.pop("parts")), "must map parts"),
     "codes are gone": (_tensors(lambda t: t.pop(f"{_Q}.codes")), "has no codes"),
     "a scale is NaN": (_tensors(lambda t: t[f"{_Q}.scales"].fill_(torch.nan)), "NaN"),
-    "scales are halves": (
-        _tensors(lambda t: t.update({f"{_Q}.scales": t[f"{_Q}.scales"].half()})),
-        "float16",
+    "scales are doubles": (
+        _tensors(lambda t: t.update({f"{_Q}.scales": t[f"{_Q}.scales"].double()})),
+        "float64",
     ),
     "a norm is gone": (_tensors(lambda t: t.pop("model.norm.weight")), "missing: model.norm.weight"),
     "something is left over": (
@@ -243,3 +244,24 @@ def test_a_gguf_grid_is_carried_over_bit_by_bit(smollm2_gguf: Path, smollm2: Pat
 def test_only_gguf_files_have_a_quantization_to_keep(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedOptionError, match=r"\.gguf"):
         lmopt.Model.from_pretrained(tmp_path, keep_quantization=True)
+
+
+@pytest.mark.parametrize(("scale_bits", "stored"), [(16, torch.float16), (32, torch.float32)])
+@pytest.mark.parametrize("step", [Quantize, HQQ])
+def test_files_hold_scales_in_16_bits_where_that_is_exact(
+    step: type, scale_bits: int, stored: torch.dtype, model: lmopt.Model, tmp_path: Path
+) -> None:
+    made = step(bits=4, group_size=32, scale_bits=scale_bits)
+    small = model.with_module(by_matrix(model.module, made, Setting(model.facts.vocab_size)))
+    small.save_pretrained(tmp_path / "small")
+    tensors = load_file(tmp_path / "small" / "model.safetensors")
+    names = ("scales", "offsets") if step is HQQ else ("scales",)
+    assert {one.dtype for key, one in tensors.items() if key.endswith(names)} == {stored}
+    state = small.module.state_dict()
+    computed = sum(one.nbytes for key, one in small.module.named_buffers() if key not in state)
+    assert sum(one.nbytes for one in tensors.values()) == stored_bytes(small.module) - computed
+    again = lmopt.Model.from_pretrained(tmp_path / "small")
+    for path, part in quantized_parts(small.module).items():
+        other = quantized_parts(again.module)[path]
+        assert other.scales.dtype == torch.float32
+        assert torch.equal(other.weight, part.weight)

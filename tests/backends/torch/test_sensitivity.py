@@ -1,5 +1,7 @@
 """What rounding a weight is said to cost is what it costs; budgets are kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -63,10 +65,22 @@ def test_the_budget_is_kept_and_used(average):
     small = by_budget(module, step, setting())
     parts = {id(one.codes): one for one in quantized_parts(small).values()}.values()
     weights = sum(one.weight_count for one in parts)
-    stored = 8 * sum(one.array().nbytes() for one in parts)
+    stored = 8 * sum(one.array().nbytes() - 2 * one.scales.numel() for one in parts)  # scales of 16 bits
     assert stored <= average * weights
     assert stored > (average - 0.5) * weights
     assert len({one.grid.bits for one in parts}) > 1
+
+
+def test_group_sizes_are_chosen_too_and_costs_are_the_quantizers_own():
+    module, used = tiny_llama(), setting()
+    step = Mixed(GPTQ(group_size=16, embedding=None, head=None), choices=(3, 4), average_bits=4.8, tokens=256)
+    groups = replace(step, group_sizes=(16, 32))
+    small = by_budget(module, groups, used)
+    assert {one.grid.group_size for one in quantized_parts(small).values()} == {16, 32}
+    plain = predicted(module, replace(step, quantizer=Quantize(group_size=16)), used)
+    for one, rounded in zip(predicted(module, step, used), plain, strict=True):
+        assert one.paths == rounded.paths
+        assert one.costs[0] < rounded.costs[0], "GPTQ's errors cost less than those of rounding"
 
 
 def test_linears_that_read_one_tensor_get_one_width_and_overrides_stay():

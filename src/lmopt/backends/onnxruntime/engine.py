@@ -2,6 +2,7 @@
 
 from lmopt.backends.onnxruntime.graph import Graph
 from lmopt.backends.onnxruntime.growing_cache import GrowingCacheEngine
+from lmopt.backends.onnxruntime.providers import check_options
 from lmopt.backends.onnxruntime.session import SessionSettings
 from lmopt.backends.onnxruntime.shared_cache import SharedCacheEngine
 from lmopt.backends.onnxruntime.spec import BACKEND
@@ -15,17 +16,24 @@ def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngin
 
     Options: `spinning` (default `True`) lets threads that wait keep their CPU busy for a moment: a fifth faster in
     4-bit decoding, and a CPU that is not there for others; `deterministic` (default `False`) makes results
-    independent of how tokens are split over calls, see `SharedCacheEngine`.
+    independent of how tokens are split over calls, see `SharedCacheEngine`; `kv_cache_dtype` (default `"auto"`)
+    `"int8"` refuses a graph whose keys and values are not in 8 bits: that is chosen at export. On a GPU, `provider`
+    (default `"auto"`: CUDA) may be `"tensorrt"`, and `allow_tf32` (default `False`) lets float32 products be rounded.
     """
     BACKEND.require(device=request.device, dtype=request.dtype)
     options = dict(request.options)
     spinning = _flag(options, "spinning", default=True)
     deterministic = _flag(options, "deterministic", default=False)
+    kv_cache_dtype = options.pop("kv_cache_dtype", "auto")
+    allow_tf32 = _flag(options, "allow_tf32", default=False)
+    provider = options.pop("provider", "auto")
     if options:
         raise UnsupportedOptionError(
-            f"backend 'onnxruntime' has no option {sorted(options)[0]!r}; it has spinning and deterministic, "
-            "beside device, dtype and threads"
+            f"backend 'onnxruntime' has no option {sorted(options)[0]!r}; it has spinning, deterministic, "
+            "kv_cache_dtype, provider and allow_tf32, beside device, dtype and threads"
         )
+    if kv_cache_dtype not in ("auto", "int8"):
+        raise UnsupportedOptionError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected 'auto' or 'int8'")
     if request.artifact is None:
         raise ArtifactNotFoundError(
             "backend 'onnxruntime' runs exported artefacts; export the model first with "
@@ -45,7 +53,22 @@ def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngin
             f"deterministic=True needs a graph of the dialect 'onnxruntime'; this one is {target!r}. "
             "Export the model with lmopt.Exporter('onnx', target='onnxruntime')"
         )
-    settings = SessionSettings(request.device, request.threads or usable_cpus(), spinning)
+    if (
+        kv_cache_dtype == "int8"
+        and request.artifact.manifest["formats"]["onnx"].get("kv_cache_dtype") != "int8"
+    ):
+        raise UnsupportedOptionError(
+            "this artefact keeps keys and values in float; an 8-bit cache is chosen at export, in the dialect "
+            "'onnxruntime': lmopt.Exporter('onnx', target='onnxruntime', kv_cache_dtype='int8'), or lmopt export "
+            "MODEL OUT --target onnxruntime --option kv_cache_dtype=int8. In eager mode backend 'torch' has one too"
+        )
+    record = request.artifact.manifest["formats"]["onnx"]
+    provider = check_options(
+        request.device, provider, allow_tf32=allow_tf32, dtype=record.get("dtype", "float32")
+    )
+    settings = SessionSettings(
+        request.device, request.threads or usable_cpus(), spinning, provider, allow_tf32
+    )
     graph = Graph(request, settings)
     if shared:
         return SharedCacheEngine(graph, request.facts, deterministic=deterministic)

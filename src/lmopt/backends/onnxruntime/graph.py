@@ -6,18 +6,20 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmopt.backends.onnxruntime.session import SessionSettings, create_session, ort
+from lmopt.backends.onnxruntime.providers import placement
+from lmopt.backends.onnxruntime.session import SessionSettings, create_session, installed_wheels, ort
 from lmopt.contracts import ArtifactView, EngineReport, EngineRequest
 from lmopt.errors import ClosedError, EngineError, InputError, NotInstalledError, UnsupportedError
 from lmopt.mappings import forget_files
 from lmopt.registry import pip_line
-from lmopt.signature import LOGITS, LOGITS_TO_KEEP, Signature, check_step
+from lmopt.signature import LOGITS, LOGITS_TO_KEEP, Signature, bytes_per_token, check_step
 from lmopt.types import AnyArray, IntArray, TensorSpec
 
 MODEL: Final = "model.onnx"
 _DTYPES: Final = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
+    "tensor(int8)": "int8",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
     "tensor(bool)": "bool",
@@ -113,13 +115,27 @@ class Graph:
             device=self._settings.device,
             dtype=self.dtype,
             threads=self._settings.threads,
-            versions={"onnxruntime": ort.__version__},
+            versions=dict.fromkeys(installed_wheels(), ort.__version__),
             details={
                 "providers": self.session().get_providers(),
                 "target": self._format.get("target", "portable"),
+                "kv_cache_dtype": state[0].past.dtype if (state := self.signature.state) else "none",
+                "kv_cache_bytes_per_token": bytes_per_token(state),
+                **self._on_gpu(),
                 **details,
             },
         )
+
+    @property
+    def device(self) -> str:
+        """Where the session computes, as it was asked for."""
+        return self._settings.device
+
+    def _on_gpu(self) -> dict[str, Any]:
+        """What a report adds for a GPU."""
+        if self.device == "cpu":
+            return {}
+        return {"nodes": placement(self.session(), self.device), "allow_tf32": self._settings.allow_tf32}
 
     def tap_names(self) -> list[str]:
         """Names of the modules whose output the graph can show."""

@@ -50,9 +50,12 @@ class GrowingCacheEngine:
         step = self._signature.step(input_ids, lengths, state)
         feeds = {name: _to_ort(array) for name, array in step.feeds.items()}
         try:
-            logits, *present = session.run_with_ort_values(
-                self._outputs, feeds | state.tensors, self._graph.run_options
-            )
+            if self._graph.device == "cpu":
+                logits, *present = session.run_with_ort_values(
+                    self._outputs, feeds | state.tensors, self._graph.run_options
+                )
+            else:
+                logits, *present = self._run_on_device(session, feeds | state.tensors)
         except Exception as error:
             raise self._graph.failed(error, len(lengths), input_ids.shape[1]) from error
         tensors = {one.past.name: value for one, value in zip(self._signature.state, present, strict=True)}
@@ -60,6 +63,21 @@ class GrowingCacheEngine:
         return aligned.astype(np.float32, copy=False), ArrayState(
             tensors, step.mask, step.lengths, step.padding_side
         )
+
+    def _run_on_device(
+        self, session: "ort.InferenceSession", feeds: Mapping[str, "ort.OrtValue"]
+    ) -> Sequence["ort.OrtValue"]:
+        """Run, and leave the state where it was computed; only the logits come to the host."""
+        kind, _, index = self._graph.device.partition(":")
+        io = session.io_binding()
+        for name, value in feeds.items():
+            io.bind_ortvalue_input(name, value)
+        io.bind_output(LOGITS, "cpu")
+        for name in self._outputs[1:]:
+            io.bind_output(name, kind, int(index or 0))
+        session.run_with_iobinding(io, self._graph.run_options)
+        values: Sequence[ort.OrtValue] = io.get_outputs()
+        return values
 
     def select(self, state: ArrayState, rows: IntArray) -> ArrayState:
         """Keep, drop, reorder or repeat rows."""

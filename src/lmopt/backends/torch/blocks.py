@@ -15,7 +15,7 @@ from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.backends.torch.quantizing import set_part
 from lmopt.backends.torch.reconfiguring import reconfigure
-from lmopt.backends.torch.resizing import reindex, stated_widths, tell_structure
+from lmopt.backends.torch.resizing import Blocks, reindex, some_blocks, stated_widths, tell_structure
 from lmopt.backends.torch.sameness import require_same
 from lmopt.compression.depth import DropBlocks
 from lmopt.compression.step import Setting
@@ -73,7 +73,7 @@ def drop_blocks(module: nn.Module, step: DropBlocks, setting: Setting) -> nn.Mod
     if not is_transformers(module):
         reindex(ours, kept)
         tell_structure(small, blocks={path: kept})
-    set_part(small, path, nn.ModuleList([ours[place] for place in kept]))
+    set_part(small, path, some_blocks(ours, kept))
     if is_transformers(module) and (reason := _reconfigure(small, path, kept, len(blocks))):
         raise UnsupportedError(f"{type(module).__name__} cannot do without blocks {dropped}: {reason}")
     with bypassed(blocks, dropped):
@@ -83,7 +83,7 @@ def drop_blocks(module: nn.Module, step: DropBlocks, setting: Setting) -> nn.Mod
 
 
 def block_influences(
-    module: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], path: str = "the list of blocks"
+    module: nn.Module, blocks: Blocks, batches: Sequence[Tensor], path: str = "the list of blocks"
 ) -> FloatArray:
     """Measure `1 - mean cos(x, f(x))` of each block over all tokens (ShortGPT's block influence).
 
@@ -133,7 +133,7 @@ def block_influences(
 
 
 @contextmanager
-def bypassed(blocks: nn.ModuleList, places: Sequence[int]) -> Iterator[None]:
+def bypassed(blocks: Blocks, places: Sequence[int]) -> Iterator[None]:
     """Let blocks hand on what they are given, as if they were not there."""
 
     def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
@@ -148,7 +148,7 @@ def bypassed(blocks: nn.ModuleList, places: Sequence[int]) -> Iterator[None]:
 
 def _by_loss(
     module: nn.Module,
-    blocks: nn.ModuleList,
+    blocks: Blocks,
     batches: Sequence[Tensor],
     count: int,
     tell: Callable[[int, int], None],

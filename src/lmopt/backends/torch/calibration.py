@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lmopt.backends.torch.attention import own_attention
 from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.quantized import quantized_parts
+from lmopt.backends.torch.resizing import Blocks
 from lmopt.compression.statistics import Statistics
 from lmopt.types import IntArray
 
@@ -82,20 +83,33 @@ def stages(module: nn.Module, rows: Sequence[IntArray], wanted: Sequence[str]) -
                 yield Stage(gathered(), run.blocks[number][1], partial(run.sample, number))
             run.advance(number)
     rest = [one for one in wanted if one not in inside]
-    for paths in _affordable(module, rest):
+    yield from whole_passes(module, rows, rest)
+
+
+def whole_passes(module: nn.Module, rows: Sequence[IntArray], wanted: Sequence[str]) -> Iterator[Stage]:
+    """Run a whole model, as often as the statistics take to fit into memory; arguments are those of `stages`."""
+    for paths in _affordable(module, wanted):
         with gathering(module, paths) as gathered, torch.inference_mode():
             for row in batches_of(rows, device_of(module), 1):
                 logits_of(module, row)
         yield Stage(gathered())
 
 
-def find_stack(module: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Find the longest list of blocks of one class, `None` where there is none of two or more."""
-    best: tuple[str, nn.ModuleList] | None = None
+def find_stack(module: nn.Module) -> tuple[str, Blocks] | None:
+    """Find the longest list of blocks of one class, `None` where there is none of two or more.
+
+    A list is a `ModuleList` or a `Sequential`; the latter's members must have parts, as linears have not.
+    """
+    best: tuple[str, Blocks] | None = None
     for path, part in module.named_modules():
-        alike = isinstance(part, nn.ModuleList) and len({type(one) for one in part}) == 1
+        if type(part) is nn.Sequential:
+            alike = all(any(True for _ in one.children()) for one in part)
+        else:
+            alike = isinstance(part, nn.ModuleList)
+        if not alike or not isinstance(part, Blocks) or len({type(one) for one in part}) != 1:
+            continue
         # An outer list comes before the lists inside its blocks.
-        if alike and len(part) > (1 if best is None else len(best[1])):
+        if len(part) > (1 if best is None else len(best[1])):
             best = path, part
     return best
 
@@ -182,9 +196,7 @@ class _Stack:
         self._hidden: list[Tensor] = []
 
     @classmethod
-    def of(
-        cls, module: nn.Module, stack: tuple[str, nn.ModuleList], batches: list[Tensor]
-    ) -> "_Stack | None":
+    def of(cls, module: nn.Module, stack: tuple[str, Blocks], batches: list[Tensor]) -> "_Stack | None":
         """Look how the model calls its blocks; `None` where it does more than call one after the other."""
         path, parts = stack
         run = cls([(f"{path}.{number}", part) for number, part in enumerate(parts)])
@@ -237,7 +249,7 @@ class _Stack:
 
 
 def _record(
-    module: nn.Module, parts: nn.ModuleList, batch: Tensor, *, only_first: bool
+    module: nn.Module, parts: Blocks, batch: Tensor, *, only_first: bool
 ) -> list[tuple[int, Tensor, _Call]]:
     """Run a model and note how it calls its blocks; nothing where that is not by hidden states."""
     seen: list[tuple[int, Tensor, _Call]] = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lmopt.backends.torch.bitstreams import pack_stream
 from lmopt.backends.torch.compressed_tensors import METHOD, PACKED
 from lmopt.backends.torch.language_model import is_transformers
-from lmopt.backends.torch.quantized import Quantized, QuantizedEmbedding, quantized_parts
+from lmopt.backends.torch.quantized import Quantized, QuantizedEmbedding, quantized_parts, rounded_bits
 from lmopt.backends.torch.quantized import dequantize as dense
 from lmopt.backends.torch.quantized_files import distinct_state
 from lmopt.backends.torch.quantizing import is_conv1d
@@ -69,6 +69,12 @@ def write(module: nn.Module, *, dequantize: bool = False) -> Written:
         raise UnsupportedOptionError(
             "channels or heads were pruned, so that layers differ in width, which transformers and vLLM cannot build. "
             "Save in lmopt's own format: leave quantization_format out."
+        )
+    if rounded_bits(module) is not None:
+        raise UnsupportedOptionError(
+            "activations are rounded to 8 bits in blocks of columns, which readers of compressed-tensors do not "
+            "compute (theirs have one scale a token). Save in lmopt's own format (leave quantization_format out), or "
+            "quantize with activations=None."
         )
     # Any: transformers' attributes are tensors or modules to a type checker.
     model: Any = module

@@ -1,14 +1,14 @@
 """Apply steps that change one matrix at a time: quantizers and pruners of single weights."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmopt.backends.torch.calibration import Stage, stages
+from lmopt.backends.torch.calibration import Stage, shared, stages, whole_passes
 from lmopt.backends.torch.pages import give_back
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.backends.torch.quantizing import Weight, find_weights, finite_values, put, tie
@@ -57,26 +57,48 @@ def by_matrix(module: nn.Module, step: Any, setting: Setting) -> nn.Module:
         changed = step.apply(before, forms[path], path, statistics)
         after = changed.values() if isinstance(changed, QuantizedArray) else changed
         setting.errors[path] = relative_error(before, after, statistics)
-        first = put(small, path, changed)
+        activations = getattr(forms[path], "activations", None)
+        first = put(small, path, changed, activations)
         for other in tied.get(path, ()):
-            tie(small, other, first)
+            tie(small, other, first, activations)
         left.discard(path)
         done += 1
         setting.progress(step.name, done, len(changing) - sum(map(len, tied.values())))
 
     with torch.no_grad():
+        # What is looked up comes first, so that the blocks are changed on what they will read.
         if step.needs_texts:
-            # A look-up has no input that is worth a statistic, and a tied weight is the look-up's.
-            linears = [one.path for one in changing if one.part != "embedding" and one.path in left]
-            linears = [path for path in linears if path not in tied]
-            for stage in stages(small, setting.rows, linears):
-                for path, statistics in _scale(small, stage, step, forms).items():
-                    change(path, statistics)
+            readers = _readers_of_tied(changing, forms)
+            for stage in whole_passes(small, setting.rows, list(readers)):
+                for path, statistics in stage.statistics.items():
+                    change(readers[path], statistics)
+            for one in changing:
+                if one.part == "embedding" and one.path in left:
+                    change(one.path, None)
+            for stage in stages(small, setting.rows, [one.path for one in changing if one.path in left]):
+                found = _scale(small, stage, step, forms)
+                for paths in shared(found):
+                    for path in paths:
+                        change(path, found[path])
+                    found[paths[0]].forget()
                 give_back(module)
         for path in sorted(left, key=[one.path for one in changing].index):
             change(path, None)
         own(small, module)
     return small.eval()
+
+
+def _readers_of_tied(changing: Sequence[Weight], forms: Mapping[str, Any]) -> dict[str, str]:
+    """Say which heads have the weight of an embedding: path of the head, to path of the embedding.
+
+    A look-up has no input that is worth a statistic, and the head has. Of 8 bits, round to nearest loses too little
+    for the time that a large vocabulary takes.
+    """
+    return {
+        one.path: one.tied
+        for one in changing
+        if one.tied is not None and one.part == "head" and getattr(forms[one.path], "bits", 0) < 8
+    }
 
 
 def _scale(module: nn.Module, stage: Stage, step: Any, forms: Mapping[str, Any]) -> dict[str, Statistics]:

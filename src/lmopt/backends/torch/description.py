@@ -125,6 +125,9 @@ def find_vocab_size(module: nn.Module) -> int:
                 "second. "
                 "lmopt runs models that predict the next token from those before it."
             )
+    for part in quantized_parts(module).values():
+        # A model that is only passed on to an engine would carry its float weights along.
+        part.forget()
     return vocab_size
 
 

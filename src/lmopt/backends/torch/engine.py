@@ -2,50 +2,87 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmopt.accelerators import require_cuda
+from lmopt.backends.torch.casting import forget_casts
 from lmopt.backends.torch.export_program import read_program
-from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name
+from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name, stated_casts
 from lmopt.backends.torch.spec import BACKEND
 from lmopt.contracts import EngineReport, EngineRequest, PaddingSide
 from lmopt.errors import (
     ClosedError,
-    DeviceError,
     InputError,
     UnsupportedError,
     UnsupportedOptionError,
 )
 from lmopt.platform import usable_cpus
-from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, ArrayState
+from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, ArrayState, bytes_per_token
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
+
+if TYPE_CHECKING:
+    from lmopt.backends.torch.tensor_parallel import TensorParallelEngine
+
+CACHE_DTYPES: Final = ("auto", "int8")
 
 # What torch chose at its import; torch keeps one number for the whole process.
 _DEFAULT_THREADS = torch.get_num_threads()
 
 
-def open_engine(request: EngineRequest) -> "TorchEngine":
-    """Open a live module, or a trusted torch.export program; see `lmopt.contracts.EngineFactory`."""
+def open_engine(request: EngineRequest) -> "TorchEngine | TensorParallelEngine":
+    """Open a live module, or a trusted torch.export program; see `lmopt.contracts.EngineFactory`.
+
+    Options: `allow_tf32` (default `False`) lets float32 products and recurrent layers on a GPU round to TF32;
+    `trust` (default `False`) lets a torch.export program be read; `kv_cache_dtype` (default `"auto"`, the
+    model's own) `"int8"` keeps keys and values of transformers models in 8 bits, see `int8_cache`;
+    `tensor_parallel_size` (default 1) splits the model over so many processes, own modules by
+    `tensor_parallel_plan`, see `tensor_parallel`.
+    """
     BACKEND.require(device=request.device, dtype=request.dtype)
     options = dict(request.options)
     trust = options.pop("trust", False)
+    kv_cache_dtype = options.pop("kv_cache_dtype", "auto")
+    allow_tf32 = options.pop("allow_tf32", False)
+    ranks, plan = options.pop("tensor_parallel_size", 1), options.pop("tensor_parallel_plan", None)
     if options:
         raise UnsupportedOptionError(
-            f"backend 'torch' has no option {sorted(options)[0]!r}; it has trust, beside device, dtype and threads"
+            f"backend 'torch' has no option {sorted(options)[0]!r}; it has trust, kv_cache_dtype, allow_tf32, "
+            "tensor_parallel_size and tensor_parallel_plan, beside device, dtype and threads"
+        )
+    if kv_cache_dtype not in CACHE_DTYPES:
+        raise UnsupportedOptionError(
+            f"kv_cache_dtype is {kv_cache_dtype!r}; expected one of {', '.join(CACHE_DTYPES)}"
         )
     if request.threads is not None and request.threads < 1:
         raise UnsupportedOptionError(f"threads is {request.threads}; expected at least 1")
     device = torch.device(request.device)
+    if not isinstance(allow_tf32, bool) or (allow_tf32 and device.type != "cuda"):
+        raise UnsupportedOptionError(
+            f"allow_tf32={allow_tf32!r} on {request.device} is not possible; expected True or False, and True on "
+            "cuda only"
+        )
     if device.type == "cuda":
         _check_cuda(request.device)
         device = torch.device("cuda", device.index or 0)
+    if ranks != 1 or plan is not None:
+        if kv_cache_dtype != "auto":
+            raise UnsupportedOptionError("tensor_parallel_size goes with kv_cache_dtype='auto' only")
+        # Torch's parts for many processes take a while to import.
+        from lmopt.backends.torch.tensor_parallel import open_parallel
+
+        return open_parallel(request, ranks, plan)
     decoder = _decoder(request, device, trust=trust)
-    return TorchEngine(
-        decoder, request.facts, device, request.threads or min(_DEFAULT_THREADS, usable_cpus())
-    )
+    if kv_cache_dtype == "int8":
+        # Any model may be none of transformers', which takes seconds to import.
+        from lmopt.backends.torch.int8_cache import Int8CacheDecoder
+
+        decoder = Int8CacheDecoder(decoder)
+    threads = request.threads or min(_DEFAULT_THREADS, usable_cpus())
+    return TorchEngine(decoder, request.facts, device, threads, allow_tf32=allow_tf32)
 
 
 def _decoder(request: EngineRequest, device: torch.device, *, trust: bool) -> Decoder:
@@ -65,17 +102,32 @@ def _decoder(request: EngineRequest, device: torch.device, *, trust: bool) -> De
     module: nn.Module = request.module
     parameter = next(module.parameters(), torch.zeros(()))
     dtype = parameter.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
-    if parameter.dtype != dtype or parameter.device != device:
+    mixed = request.dtype != "auto" and stated_casts(module)
+    if parameter.dtype != dtype or parameter.device != device or mixed:
         # The caller's module stays as it is.
-        module = copy.deepcopy(module).to(device=device, dtype=dtype)
+        module = copy.deepcopy(module)
+        if request.dtype != "auto":
+            # All of it is to compute in this type.
+            forget_casts(module)
+            module.to(dtype=dtype)
+        module = module.to(device=device)
     return as_decoder(module.eval())
 
 
 class TorchEngine:
     """One module on one device; its state is a list of tensors."""
 
-    def __init__(self, decoder: Decoder, facts: ModelFacts, device: torch.device, threads: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        facts: ModelFacts,
+        device: torch.device,
+        threads: int,
+        *,
+        allow_tf32: bool = False,
+    ) -> None:
         self.facts = facts
+        self._allow_tf32 = allow_tf32
         self._threads = threads
         self._device = device
         self._signature = decoder.signature
@@ -102,6 +154,8 @@ class TorchEngine:
         decoder = self._open()
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
+        if self._device.type == "cuda":
+            _set_precision(allow_tf32=self._allow_tf32)
         step = self._signature.step(input_ids, lengths, state)
         ids, mask, positions = (
             torch.from_numpy(step.feeds[name]).to(self._device) if name in step.feeds else None
@@ -168,10 +222,16 @@ class TorchEngine:
         return EngineReport(
             backend="torch",
             device=str(weight.device),
-            dtype=str(weight.dtype).removeprefix("torch."),
+            dtype=dtype_name(module),
             threads=self._threads,
             versions={"torch": torch.__version__},
-            details={"module": type(module).__name__, "ragged": self.ragged},
+            details={
+                "module": type(module).__name__,
+                "ragged": self.ragged,
+                **({"allow_tf32": self._allow_tf32} if self._device.type == "cuda" else {}),
+                "kv_cache_dtype": self._signature.state[0].past.dtype if self._signature.state else "none",
+                "kv_cache_bytes_per_token": bytes_per_token(self._signature.state),
+            },
         )
 
     def close(self) -> None:
@@ -228,13 +288,21 @@ def _pad_left(tensor: Tensor, axis: int, pad: int) -> Tensor:
 
 
 def _check_cuda(device: str) -> None:
-    if not torch.cuda.is_available():
-        raise DeviceError(
-            f"device {device!r} was asked for, but torch {torch.__version__} finds no usable CUDA device "
-            "(no driver, no GPU, or a CPU build). Use device='cpu', or see `lmopt doctor`."
-        )
-    index = torch.device(device).index or 0
-    if index >= torch.cuda.device_count():
-        raise DeviceError(
-            f"device {device!r} was asked for; this machine has {torch.cuda.device_count()} CUDA devices"
-        )
+    """Refuse a device that is not there, with torch's reason and the machine's."""
+    also = ""
+    if torch.version.cuda is None:
+        also = f"torch {torch.__version__} is a build for CPUs"
+    elif not torch.cuda.is_available():
+        also = f"torch {torch.__version__} finds no usable CUDA device"
+    require_cuda(device, also=also)
+
+
+def _set_precision(*, allow_tf32: bool) -> None:
+    """Let, or forbid, float32 be rounded to TF32; torch keeps one answer for the whole process.
+
+    torch itself forbids it for products and allows it for convolutions and recurrent layers.
+    """
+    wanted = "tf32" if allow_tf32 else "ieee"
+    for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        if part.fp32_precision != wanted:
+            part.fp32_precision = wanted

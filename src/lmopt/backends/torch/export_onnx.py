@@ -13,10 +13,11 @@ import onnx_ir as ir
 import torch
 
 from lmopt.backends.torch.genai_config import genai_config
-from lmopt.backends.torch.graph import find_taps, fold, name_boundary, shown_taps, tidy
+from lmopt.backends.torch.graph import find_taps, fold, name_boundary, share_reshaped, shown_taps, tidy
 from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name
 from lmopt.backends.torch.lowering import tracing_for
 from lmopt.backends.torch.portable_quantized import finish_portable
+from lmopt.backends.torch.quantized import rounded_bits
 from lmopt.backends.torch.quieting import quiet
 from lmopt.backends.torch.tracing import export_program, plain_reason
 from lmopt.contracts import ExportRequest
@@ -30,6 +31,7 @@ DATA: Final = "model.onnx.data"
 RECURRENT: Final = frozenset({"GRU", "LSTM", "RNN"})
 FUSED: Final = "onnxruntime"
 ACCURACY_LEVELS: Final = (None, 1, 4)
+CACHE_DTYPES: Final = ("auto", "int8")
 
 
 def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
@@ -40,7 +42,8 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
             only; `"onnxruntime"`, with ONNX Runtime's own operators for attention, rotary positions
             and norms, and past and present in one buffer. Options: `opset` (18 or more);
             `accuracy_level` of quantized weights on `"onnxruntime"`: 4 lets products round activations
-            to 8 bits, which is faster and less exact.
+            to 8 bits, which is faster and less exact; `kv_cache_dtype="int8"` on `"onnxruntime"` keeps keys
+            and values in 8 bits, with scales measured on `request.rows`.
 
     Returns:
         What the manifest records: files, opset, the target really written and, if it is not the
@@ -49,16 +52,24 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
 
     Raises:
         ExportError: torch cannot trace or translate the module.
-        UnsupportedError: No engine runs the result: a recurrent model in float16.
+        UnsupportedError: No engine runs the result: a recurrent model in float16, an 8-bit cache of a model
+            that cannot be said in the dialect `"onnxruntime"`.
         UnsupportedOptionError: An unknown option, an opset below 18, or an accuracy level that the
             operators do not have.
     """
     options = dict(request.options)
     opset = options.pop("opset", OPSET)
     accuracy_level = options.pop("accuracy_level", None)
+    kv_cache_dtype = options.pop("kv_cache_dtype", "auto")
     if options:
         raise UnsupportedOptionError(
-            f"exporter 'onnx' has no option {sorted(options)[0]!r}; it has: opset, accuracy_level"
+            f"exporter 'onnx' has no option {sorted(options)[0]!r}; it has: opset, accuracy_level, kv_cache_dtype"
+        )
+    if kv_cache_dtype not in CACHE_DTYPES or (kv_cache_dtype != "auto" and request.target != FUSED):
+        raise UnsupportedOptionError(
+            f"kv_cache_dtype is {kv_cache_dtype!r} for the target {request.target!r}; expected one of "
+            f"{', '.join(CACHE_DTYPES)}, and int8 only for target={FUSED!r}: ai.onnx has no attention with an "
+            "8-bit cache. In eager mode: lmopt.Runtime(model, backend='torch', kv_cache_dtype='int8')"
         )
     if accuracy_level not in ACCURACY_LEVELS:
         raise UnsupportedOptionError(
@@ -80,9 +91,20 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
                 decoder, context=request.facts.context_length, opset=opset, accuracy_level=accuracy_level
             )
         except InexpressibleError as reason:
+            if kv_cache_dtype != "auto":
+                raise UnsupportedError(
+                    f"kv_cache_dtype={kv_cache_dtype!r} is of the dialect {FUSED!r}, which cannot hold this model: "
+                    f"{reason}. In eager mode: lmopt.Runtime(model, backend='torch', kv_cache_dtype='int8')"
+                ) from reason
             return {**_portable(request, decoder, opset), "fallback": str(reason)}
-        written = _write(request, model, signature, taps, opset, FUSED)
-        return written if accuracy_level is None else {**written, "accuracy_level": accuracy_level}
+        asked: dict[str, Any] = {} if accuracy_level is None else {"accuracy_level": accuracy_level}
+        if kv_cache_dtype == "int8":
+            from lmopt.backends.torch.fused.cache import cache_scales, keep_in_int8
+
+            scales = cache_scales(decoder, request.rows, request.facts.context_length)
+            signature = keep_in_int8(model, signature, scales)
+            asked["kv_cache_dtype"] = kv_cache_dtype
+        return {**_write(request, model, signature, taps, opset, FUSED), **asked}
     return _portable(request, decoder, opset)
 
 
@@ -123,6 +145,8 @@ def _write(
     target: str,
 ) -> dict[str, Any]:
     ir.save(model, request.folder / GRAPH, external_data=DATA, size_threshold_bytes=1024)
+    if target == FUSED:
+        share_reshaped(request.folder / GRAPH)
     files = [name for name in (GRAPH, DATA) if (request.folder / name).exists()]
     if request.config:
         config = genai_config(request.config, request.facts, signature, shares_buffer=target == FUSED)
@@ -134,4 +158,5 @@ def _write(
         "opset": opset,
         "target": target,
         "taps": shown_taps(model, taps),
+        **({"activations": bits} if (bits := rounded_bits(request.module)) else {}),
     }

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lmopt.backends.torch.language_model import is_transformers
 from lmopt.backends.torch.quantized import quantized_parts
+from lmopt.backends.torch.quantizing import METHOD
 from lmopt.backends.torch.resizing import stated_widths
-from lmopt.backends.torch.saving import write_weights
+from lmopt.backends.torch.saving import in_format, write_weights
 from lmopt.contracts import ExportRequest
 from lmopt.errors import ParityError, UnsupportedOptionError
 
@@ -19,16 +20,26 @@ def export_safetensors(request: ExportRequest) -> Mapping[str, Any]:
     """Write `model.safetensors` (and, for transformers models, `config.json`) into the staging folder.
 
     Args:
-        request: See `lmopt.contracts.ExportRequest`; there are no options.
+        request: See `lmopt.contracts.ExportRequest`. Options, for models with quantized weights:
+            `quantization_format="compressed-tensors"` writes what transformers and vLLM read, `dequantize` (default
+            `False`) writes parts in float that it cannot hold.
 
     Raises:
-        UnsupportedOptionError: An option was given.
+        UnsupportedOptionError: There is no such option or format, or it cannot hold the model.
         ParityError: A weight that was read back differs from the model's.
     """
-    if request.options:
-        raise UnsupportedOptionError(f"exporter 'safetensors' has no option {sorted(request.options)[0]!r}")
-    described = write_weights(request.module, request.folder)
-    original = _as_written(request.module)
+    options = dict(request.options)
+    quantization_format, dequantize = (
+        options.pop("quantization_format", METHOD),
+        options.pop("dequantize", False),
+    )
+    if options:
+        raise UnsupportedOptionError(
+            f"exporter 'safetensors' has no option {sorted(options)[0]!r}; it has: quantization_format, dequantize"
+        )
+    written = in_format(request.module, quantization_format, dequantize=dequantize)
+    described = write_weights(request.module, request.folder, written)
+    original = _as_written(request.module) if written is None else dict(written.tensors)
     stored: set[str] = set()
     for path in sorted(request.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -1,8 +1,12 @@
 """What both dialects do with a graph that torch has traced: names, a tidy up, and taps."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
+import onnx
 import onnx_ir as ir
+from onnx.numpy_helper import to_array
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
@@ -83,6 +87,39 @@ def tidy(model: ir.Model) -> None:
                 value.shape = None
     model.producer_name, model.producer_version = "lmopt", ""
     model.graph.name = "decoder"
+
+
+def share_reshaped(path: Path) -> None:
+    """Let a tensor that the graph reads in two shapes be stored once, and be mapped twice.
+
+    ONNX Runtime would compute the other shape when it loads the graph, which is a copy in memory, of the whole
+    embedding where that is quantized and tied to the head.
+
+    Args:
+        path: A graph whose weights lie in a file beside it; rewritten in place.
+    """
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    stored = {one.name: one for one in graph.initializer}
+    shown = {one.name for one in graph.output}
+    idle: set[str] = set()
+    for node in list(graph.node):
+        if node.op_type != "Reshape" or not all(name in stored for name in node.input):
+            continue
+        tensor, shape = (stored[name] for name in node.input)
+        if tensor.data_location != onnx.TensorProto.EXTERNAL or node.output[0] in shown:
+            continue
+        other = graph.initializer.add()
+        other.CopyFrom(tensor)
+        other.name = node.output[0]
+        # 0 keeps an axis, -1 is what is left.
+        sizes = [size or tensor.dims[axis] for axis, size in enumerate(to_array(shape).tolist())]
+        other.dims[:] = np.empty(list(tensor.dims), bool).reshape(sizes).shape
+        idle.update(node.input)
+        graph.node.remove(node)
+    for name in idle.difference(*(node.input for node in graph.node)):
+        graph.initializer.remove(stored[name])
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def find_taps(model: ir.Model) -> dict[str, ir.Value]:

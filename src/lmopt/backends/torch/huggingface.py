@@ -45,12 +45,19 @@ class HuggingFaceDecoder(Decoder):
             layer.lazy_initialization(key, value)
             layer.keys, layer.values = key, value
             cache.layers.append(layer)
+        logits, after = self.run(input_ids, attention_mask, position_ids, cache)
+        return logits, [leaf for _, leaf in _leaves(after, self.module)]
+
+    def run(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Any]:
+        """Read new tokens after what a cache of transformers holds; give the logits and the cache after them."""
         options = self.named(attention_mask, position_ids)
         # Any: nn.Module's attributes are tensors or modules to a type checker.
         model: Any = self.module
         with position_attention(model):
             result = model(input_ids=input_ids, use_cache=True, **{self._cache_name: cache}, **options)
-        return result.logits, [leaf for _, leaf in _leaves(cache_of(result), self.module)]
+        return result.logits, cache_of(result)
 
     def start(self, input_ids: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
         """Read a text from its start exactly as transformers does."""

@@ -7,9 +7,9 @@ with the text. Nothing here knows an architecture by name.
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.utils import _pytree as pytree
 from lmopt.errors import LmoptError, UnsupportedError
 from lmopt.signature import ATTENTION_MASK, POSITION_IDS, Signature, StateTensor
 from lmopt.types import BATCH, PAST, TensorSpec
+
+CASTS: Final = "lmopt_casts"
+"""Field of `config.json`, or attribute of a module of one's own, that says which modules stayed in float32."""
 
 
 class LanguageModel(Protocol):
@@ -189,7 +192,9 @@ def as_decoder(module: nn.Module) -> Decoder:
 
 
 def dtype_name(module: nn.Module) -> str:
-    """Name the type that a module computes in: that of its first weight, or of its first real buffer."""
+    """Name the type that a module computes in: the one it was cast to, or that of its first weight or real buffer."""
+    if casts := stated_casts(module):
+        return str(casts["dtype"])
     tensors = itertools.chain(module.parameters(), module.buffers())
     names = (str(one.dtype).removeprefix("torch.") for one in tensors if one.is_floating_point())
     return next(names, "float32")
@@ -198,6 +203,16 @@ def dtype_name(module: nn.Module) -> str:
 def device_of(module: nn.Module) -> torch.device:
     """Name the device of a module's first weight, the CPU for a module without any."""
     return next((weight.device for weight in module.parameters()), torch.device("cpu"))
+
+
+def stated_casts(module: nn.Module) -> dict[str, Any]:
+    """Give what a model says of itself that was cast: `{"dtype": "float16", "float32": {path: wide}}`.
+
+    A path is that of a module that stayed in float32, `wide` whether what it gives does too. Empty for others.
+    """
+    module = module.module if isinstance(module, Decoder) else module
+    found = getattr(module.config, CASTS, None) if is_transformers(module) else getattr(module, CASTS, None)
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def is_transformers(module: object) -> bool:

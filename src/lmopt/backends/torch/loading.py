@@ -17,8 +17,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
+from lmopt.backends.torch.casting import apply_casts
 from lmopt.backends.torch.description import Loaded, from_transformers
 from lmopt.backends.torch.foreign import METHODS, load_foreign
+from lmopt.backends.torch.language_model import CASTS
 from lmopt.backends.torch.quantized_files import load_state
 from lmopt.backends.torch.quantizing import METHOD, VERSION
 from lmopt.backends.torch.resizing import WIDTHS, apply_widths
@@ -63,7 +65,7 @@ def load_folder(folder: Path, *, dtype: str = "auto", trust: bool = False, progr
             f"those quantized by {', '.join((METHOD, *METHODS))}: use the original model, or dequantize it with the "
             "library that wrote it."
         )
-    if WIDTHS in raw:
+    if WIDTHS in raw or CASTS in raw:
         unquantized = {"quant_method": METHOD, "version": VERSION, "parts": {}}
         return _load_quantized(folder, raw, unquantized, dtype=dtype, progress=progress)
     with quiet(progress):
@@ -110,13 +112,19 @@ def _load_quantized(
         # What it says is for lmopt; transformers knows no such method, or would want the library.
         if "quantization_config" in raw:
             del config.quantization_config
+        if CASTS in raw:
+            delattr(config, CASTS)
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         stated = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+        if mixed := CASTS in raw and dtype == "auto":
+            stated = torch.float32
         with no_init_weights():
             module = kind._from_config(config, dtype=stated)
         # Some classes (GPT-2's) skip this together with the drawing of weights.
         module.tie_weights()
         apply_widths(module, raw.get(WIDTHS, {}), str(folder))
+        if mixed:
+            apply_casts(module, raw[CASTS], str(folder))
         load = load_state if quantized["quant_method"] == METHOD else load_foreign
         load(module, quantized, paths, str(folder))
         if (folder / "generation_config.json").exists():

@@ -5,6 +5,7 @@ and the memory, of a float model. What they save is on disk, and on engines with
 they are traced for a graph, they leave as that engine's operators.
 """
 
+from collections.abc import Callable
 from typing import Any, Final, Self
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lmopt.backends.torch.lowering import dialect
+from lmopt.backends.torch.rounded import block_of, multiply, rounded
 from lmopt.compression.layout import Grid, QuantizedArray
 from lmopt.errors import ShapeError
 
@@ -46,7 +48,8 @@ class Quantized(nn.Module):
             self.register_buffer(
                 name, None if stored is None else torch.from_numpy(np.ascontiguousarray(stored))
             )
-        self._dense = _Dense()
+        self._dense = _Kept(dequantize)
+        self._centred = _Kept(centred)
         # Set by `lmopt.backends.torch.quantized_lowering` for the time of a trace.
         self._lowered: Any = None
         # The weights are no parameters: nothing trains whole numbers.
@@ -65,6 +68,7 @@ class Quantized(nn.Module):
     def forget(self) -> None:
         """Let go of the dequantized weight, until it is asked for again."""
         self._dense.clear()
+        self._centred.clear()
 
     def array(self) -> QuantizedArray:
         """The stored weight in NumPy, on the CPU."""
@@ -83,7 +87,7 @@ class Quantized(nn.Module):
             raise ShapeError(f"a weight of the form {self.grid} cannot be that of {other.grid}")
         for name in STORED:
             setattr(self, name, getattr(other, name))
-        self._dense = other._dense
+        self._dense, self._centred = other._dense, other._centred
         return self
 
     def extra_repr(self) -> str:
@@ -115,12 +119,16 @@ class QuantizedLinear(Quantized):
     Args:
         array: The weight.
         bias: `(out_features,)`, kept in float.
+        activations: 8 rounds what it reads to 8 bits, see `lmopt.backends.torch.rounded`; `None` does not.
     """
 
     bias: Tensor | None
 
-    def __init__(self, array: QuantizedArray, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, array: QuantizedArray, bias: Tensor | None = None, *, activations: int | None = None
+    ) -> None:
         super().__init__(array)
+        self.activations = activations
         self.in_features, self.out_features = array.grid.columns, array.grid.rows
         kept = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", kept)
@@ -131,9 +139,20 @@ class QuantizedLinear(Quantized):
             if dialect() == "onnxruntime" and self._lowered is not None:
                 product: Tensor = self._lowered.emit(x, self.bias)
                 return product
-            if dialect() == "portable":
-                return functional.linear(x, emit_dequantize(self).to(x.dtype), self.bias)
+            if self.activations is not None:
+                # `ai.onnx` has no product like it, so its values are made and multiplied in float.
+                x = rounded(x, block_of(self.grid))
+            weight = emit_dequantize(self) if dialect() == "portable" else self.weight
+            return functional.linear(x, weight.to(x.dtype), self.bias)
+        if self.activations is not None:
+            made = multiply(x, self.grid, self._centred.of(self), self.scales, self.offsets)
+            return made if self.bias is None else made + self.bias
         return functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """Say what it holds when printed."""
+        read = "" if self.activations is None else f", activations in {self.activations} bits"
+        return super().extra_repr() + read
 
 
 class QuantizedEmbedding(Quantized):
@@ -165,51 +184,77 @@ class QuantizedEmbedding(Quantized):
                 return rows.to(self.dtype)
             if dialect() == "portable":
                 return functional.embedding(ids, emit_dequantize(self)).to(self.dtype)
-        return functional.embedding(ids, self.weight).to(self.dtype)
+            return functional.embedding(ids, self.weight).to(self.dtype)
+        # A text reads a few rows of many.
+        rows = dequantize(self, ids.flatten())
+        return rows.reshape(*ids.shape, self.embedding_dim).to(self.dtype)
 
 
-class _Dense:
-    """A dequantized weight, and of which buffers it was made; parts with one weight share it."""
+class _Kept:
+    """What was made of a part's buffers, and of which; parts with one weight share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: "Callable[[Quantized], Tensor]") -> None:
+        self._make = make
         self._made_of: tuple[Any, ...] = ()
-        self._weight: Tensor | None = None
+        self._made: Tensor | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Dense":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
         # What it holds follows from the buffers, which it compares before use.
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Dense, ()
+        return _Kept, (self._make,)
 
     def clear(self) -> None:
-        self._made_of, self._weight = (), None
+        self._made_of, self._made = (), None
 
     def of(self, part: Quantized) -> Tensor:
         stored = [getattr(part, name) for name in STORED]
         made_of = tuple((one.data_ptr(), one._version, one.device) for one in stored if one is not None)
-        if self._weight is None or self._made_of != made_of:
-            self._weight, self._made_of = dequantize(part), made_of
-        return self._weight
+        if self._made is None or self._made_of != made_of:
+            self._made, self._made_of = self._make(part), made_of
+        return self._made
 
 
-def dequantize(part: Quantized) -> Tensor:
-    """Compute a part's weight, `(rows, columns)` float32, by the rule of the layout, bit by bit."""
+def dequantize(part: Quantized, rows: Tensor | slice = slice(None)) -> Tensor:
+    """Compute a part's weight by the rule of the layout, bit by bit.
+
+    Args:
+        part: The part.
+        rows: Which rows: a slice, or `(n,)` int64 row numbers.
+
+    Returns:
+        `(rows, columns)` float32.
+    """
     grid = part.grid
-    result = torch.empty(grid.rows, grid.groups, grid.group_size, device=part.codes.device)
-    step = max(1, _CHUNK // (grid.groups * grid.group_size))
-    for start in range(0, grid.rows, step):
-        rows = slice(start, start + step)
-        codes = _unpack(part.codes[rows], grid).to(torch.float32)
-        scales = part.scales[rows, :, None]
-        if part.offsets is not None:
-            codes.mul_(scales).add_(part.offsets[rows, :, None])
-        else:
-            codes.sub_(grid.midpoint if part.zero_points is None else part.zero_points[rows, :, None]).mul_(
-                scales
-            )
-        result[rows] = codes
+    result = _groups(part, rows).mul_(_taken(part.scales, rows)[..., None])
+    if part.offsets is not None:
+        result.add_(_taken(part.offsets, rows)[..., None])
     return result.flatten(1)[:, : grid.columns].contiguous()
+
+
+def centred(part: Quantized) -> Tensor:
+    """Give a part's codes, its zeros taken off: `(rows, groups, group_size)` float32 whole numbers."""
+    return _groups(part, slice(None))
+
+
+def _groups(part: Quantized, rows: Tensor | slice) -> Tensor:
+    """Unpack codes and take whole zeros off: `(rows, groups, group_size)` float32."""
+    grid, stored = part.grid, _taken(part.codes, rows)
+    result = torch.empty(len(stored), grid.groups, grid.group_size, device=stored.device)
+    step = max(1, _CHUNK // (grid.groups * grid.group_size))
+    for start in range(0, len(stored), step):
+        result[start : start + step] = _unpack(stored[start : start + step], grid)
+    if part.zero_points is not None:
+        result.sub_(_taken(part.zero_points, rows)[..., None])
+    elif part.offsets is None:
+        result.sub_(grid.midpoint)
+    return result
+
+
+def _taken(stored: Tensor, rows: Tensor | slice) -> Tensor:
+    # Unlike an index in brackets, this refuses negative rows.
+    return stored[rows] if isinstance(rows, slice) else stored.index_select(0, rows)
 
 
 def _unpack(codes: Tensor, grid: Grid) -> Tensor:
@@ -226,6 +271,12 @@ def _unpack(codes: Tensor, grid: Grid) -> Tensor:
 def quantized_parts(module: nn.Module) -> dict[str, Quantized]:
     """List a module's quantized parts by path."""
     return {path: part for path, part in module.named_modules() if isinstance(part, Quantized)}
+
+
+def rounded_bits(module: nn.Module) -> int | None:
+    """Bits to which some linear of a module rounds what it reads, `None` where none does."""
+    found = (getattr(part, "activations", None) for part in quantized_parts(module).values())
+    return min((bits for bits in found if bits is not None), default=None)
 
 
 def emit_dequantize(part: Quantized) -> Tensor:

@@ -1,8 +1,9 @@
 """Quantized parts on disk: `model.safetensors` with their arrays, and what `config.json` says of them.
 
 `q_proj.weight` becomes `q_proj.codes`, `q_proj.scales` and, where its form has one, `q_proj.zero_points` or
-`q_proj.offsets`; the field `quantization_config` of `config.json` (and the manifest's entry) names each such
-part with its rows, columns, bits, group size and form of zero. See docs/adr/0010-quantized-layout.md.
+`q_proj.offsets`; scales and offsets take 16 bits where half precision holds all of them exactly. The field
+`quantization_config` of `config.json` (and the manifest's entry) names each such part with its rows, columns, bits,
+group size and form of zero. See docs/adr/0010-quantized-layout.md.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lmopt.backends.torch.quantized import STORED, Quantized
-from lmopt.backends.torch.quantizing import VERSION, set_part, substitute
+from lmopt.backends.torch.quantizing import VERSION, halves, set_part, substitute
 from lmopt.compression.layout import Grid, QuantizedArray
 from lmopt.errors import CorruptArtifactError, UnsupportedError, UnsupportedOptionError
 
@@ -25,7 +26,11 @@ _SIZES: Final = ("rows", "columns", "bits", "group_size")
 
 def save_state(module: nn.Module, path: Path) -> None:
     """Write a module's weights, shared ones under their first name only."""
-    save_file(distinct_state(module), str(path), metadata={"format": "pt"})
+    state = distinct_state(module)
+    for key, tensor in state.items():
+        if key.rpartition(".")[2] in ("scales", "offsets") and _is_stored(module, key) and halves(tensor):
+            state[key] = tensor.half()
+    save_file(state, str(path), metadata={"format": "pt"})
 
 
 def distinct_state(module: nn.Module) -> dict[str, Tensor]:
@@ -73,8 +78,12 @@ def load_state(module: nn.Module, described: Mapping[str, Any], paths: Iterable[
             array = made[tied_to].array()
         else:
             raise CorruptArtifactError(f"{where} is tied to {tied_to!r}, which is described nowhere")
+        if (activations := entry.get("activations")) not in (None, 8):
+            raise CorruptArtifactError(
+                f"{where} rounds activations to {activations!r} bits; expected 8 or none"
+            )
         try:
-            new = substitute(old, array)
+            new = substitute(old, array, activations)
         except UnsupportedOptionError as error:
             raise CorruptArtifactError(f"{where} does not fit {type(module).__name__}: {error}") from error
         made[path] = new if tied_to is None else new.share(made[tied_to])
@@ -125,9 +134,11 @@ def _array(path: str, entry: Mapping[str, Any], tensors: dict[str, Tensor], wher
         tensor = tensors.pop(f"{path}.{stored}", None)
         if tensor is None:
             raise CorruptArtifactError(f"{where} has no {stored}: the files are incomplete, get a fresh copy")
-        if str(tensor.dtype) not in {"torch.uint8", "torch.float32"}:
-            raise CorruptArtifactError(f"{stored} of {where} is {tensor.dtype}; expected uint8 or float32")
-        found[stored] = np.asarray(tensor.numpy())
+        if tensor.dtype not in (torch.uint8, torch.float16, torch.float32):
+            raise CorruptArtifactError(
+                f"{stored} of {where} is {tensor.dtype}; expected uint8, float16 or float32"
+            )
+        found[stored] = np.asarray((tensor.float() if tensor.dtype == torch.float16 else tensor).numpy())
     try:
         return QuantizedArray(grid, **found)
     except CorruptArtifactError as error:

@@ -122,19 +122,24 @@ def lowered(module: nn.Module, accuracy_level: int | None = None) -> Iterator[No
 
     Args:
         module: The module that will be traced; its stored weights are only read.
-        accuracy_level: 4 lets the operators round activations to 8 bits; `None` keeps them in float32.
+        accuracy_level: 4 lets all operators round activations to 8 bits; `None` keeps them in float32 where the
+            part itself does not round them.
 
     Raises:
         UnsupportedError: A group size has no operator; the message says which have.
     """
     parts = quantized_parts(module)
-    level = accuracy_level or 1
-    plan = _Plan(level)
+    plans = {level: _Plan(level) for level in (1, matmulnbits.INT8_ACTIVATIONS)}
+
+    def plan(part: Quantized) -> _Plan:
+        rounds = getattr(part, "activations", None) is not None
+        return plans[matmulnbits.INT8_ACTIVATIONS if rounds else accuracy_level or 1]
+
     for part in parts.values():
-        plan.see(part)
+        plan(part).see(part)
     try:
         for part in parts.values():
-            part._lowered = plan.lower(part)
+            part._lowered = plan(part).lower(part)
         yield
     finally:
         for part in parts.values():

@@ -96,11 +96,20 @@ def replace_weights(
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Bytes of a module's weights, shared ones once."""
+    """Bytes that a module's weights take in a file, shared ones once."""
     seen: dict[int, int] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    for part in quantized_parts(module).values():
+        for floats in (part.scales, part.offsets):
+            if floats is not None and halves(floats):
+                seen[floats.data_ptr()] = 2 * floats.numel()
     return sum(seen.values())
+
+
+def halves(numbers: Tensor) -> bool:
+    """Say whether half precision holds float32 numbers exactly; scales and offsets are then stored so."""
+    return torch.equal(numbers, numbers.half().float())
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -118,6 +127,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
             "rows": grid.rows, "columns": grid.columns, "bits": grid.bits, "group_size": grid.group_size,
             "zero": grid.zero,
         }  # fmt: skip
+        if isinstance(part, QuantizedLinear) and part.activations is not None:
+            entry["activations"] = part.activations
         key = part.codes.data_ptr()
         if key in first:
             entry["tied_to"] = first[key]
@@ -132,8 +143,13 @@ def set_part(module: nn.Module, path: str, part: nn.Module) -> None:
     setattr(module.get_submodule(parent), name, part)
 
 
-def substitute(old: nn.Module, array: QuantizedArray) -> Quantized:
+def substitute(old: nn.Module, array: QuantizedArray, activations: int | None = None) -> Quantized:
     """Make the quantized part that takes the place of a linear or an embedding.
+
+    Args:
+        old: The linear or embedding.
+        array: The weight.
+        activations: Bits that a linear rounds what it reads to, `None` for not at all.
 
     Raises:
         UnsupportedOptionError: The old part is of another kind or size.
@@ -147,13 +163,11 @@ def substitute(old: nn.Module, array: QuantizedArray) -> Quantized:
         raise UnsupportedOptionError(
             f"the quantized weight is {array.grid.rows} x {array.grid.columns}, the part takes {expected}"
         )
-    return _part(old, array)
-
-
-def _part(old: Any, array: QuantizedArray) -> Quantized:
+    # Any: nn.Module's attributes are tensors or modules to a type checker.
+    part: Any = old
     if isinstance(old, nn.Embedding):
-        return QuantizedEmbedding(array, old.weight.dtype, old.padding_idx)
-    return QuantizedLinear(array, old.bias)
+        return QuantizedEmbedding(array, part.weight.dtype, part.padding_idx)
+    return QuantizedLinear(array, part.bias, activations=activations)
 
 
 def matrix_of(part: Any) -> Tensor:
@@ -186,22 +200,28 @@ def finite_values(module: nn.Module, path: str) -> FloatArray:
     return matrix
 
 
-def put(module: nn.Module, path: str, changed: QuantizedArray | FloatArray) -> nn.Module:
-    """Put a changed weight, `(out, in)`, in its place; give the part that holds it now."""
+def put(
+    module: nn.Module, path: str, changed: QuantizedArray | FloatArray, activations: int | None = None
+) -> nn.Module:
+    """Put a changed weight, `(out, in)`, in its place; give the part that holds it now.
+
+    `activations` is as for `substitute`.
+    """
     part: Any = module.get_submodule(path)
     if not isinstance(changed, QuantizedArray):
         set_matrix(part, torch.from_numpy(changed).to(part.weight.device, part.weight.dtype))
         return part  # type: ignore[no-any-return]
-    new = substitute(part, changed).to(part.weight.device)
+    new = substitute(part, changed, activations).to(part.weight.device)
     set_part(module, path, new)
     return new
 
 
-def tie(module: nn.Module, path: str, first: nn.Module) -> None:
-    """Give the part at `path` the very weight of another."""
+def tie(module: nn.Module, path: str, first: nn.Module, activations: int | None = None) -> None:
+    """Give the part at `path` the very weight of another; `activations` is as for `substitute`."""
     part: Any = module.get_submodule(path)
     if isinstance(first, Quantized):
-        set_part(module, path, substitute(part, first.array()).to(part.weight.device).share(first))
+        new = substitute(part, first.array(), activations).to(part.weight.device)
+        set_part(module, path, new.share(first))
     else:
         part.weight = first.weight
 

@@ -1,6 +1,8 @@
 """The honest oracle of the parity gate: the module as its author wrote it, one row, no cache."""
 
-from contextlib import ExitStack
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +17,8 @@ from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.errors import EngineError
 from lmopt.types import FloatArray, IntArray
 
+# transformers' argument for the positions whose logits are wanted.
+_KEEP: Final = "logits_to_keep"
 # Uneven, so that every size class of a matrix product's kernels is met.
 _PIECES: Final = (5, 1, 7, 16, 3, 24, 2)
 
@@ -47,6 +51,41 @@ class FullForward:
                     after.callback(part.register_forward_hook(_forget).remove)
             logits, _ = self._run(self._row(ids), None)
             return _numpy(logits[0])
+
+    def pieces(self, ids: IntArray, size: int) -> Iterator[FloatArray]:
+        """Read `(sequence,)` ids at once, but give the logits some positions at a time.
+
+        The logits of a large vocabulary take more memory than a small model. Where a transformers model can
+        make them of some positions only, its blocks run once and its own last steps for each piece.
+
+        Args:
+            ids: As for a call.
+            size: Positions of a piece.
+
+        Yields:
+            `(size, vocab_size)` float32 logits; the last piece may be shorter.
+        """
+        places = range(0, len(ids), size)
+        body = getattr(self._module, "base_model", None) if self._cache_name else None
+        if body in (None, self._module) or _KEEP not in inspect.signature(self._module.forward).parameters:
+            logits = self(ids)
+            yield from (logits[start : start + size] for start in places)
+            return
+        row = self._row(ids)
+        with ExitStack() as after, torch.inference_mode(), own_attention():
+            if self._lean:
+                after.callback(self.give_back)
+                for part in quantized_parts(body).values():
+                    after.callback(part.register_forward_hook(_forget).remove)
+            read = self._guarded(row, lambda: body(input_ids=row, use_cache=False))
+        for start in places:
+            kept = torch.arange(start, min(start + size, len(ids)), device=self._device)
+            with torch.inference_mode(), own_attention(), _giving(body, read):
+                given = self._guarded(row, lambda kept=kept: self._module(input_ids=row, **{_KEEP: kept}))  # type: ignore[misc]
+            yield _numpy(given.logits[0])
+        if self._lean:
+            for part in quantized_parts(self._module).values():
+                part.forget()
 
     def rounding(self, ids: IntArray) -> FloatArray | None:
         """Measure what the order of operations alone does to the logits.
@@ -82,8 +121,12 @@ class FullForward:
         return torch.from_numpy(np.ascontiguousarray(ids, np.int64))[None].to(self._device)
 
     def _run(self, row: Tensor, state: Any) -> tuple[Tensor, Any]:
+        result: tuple[Tensor, Any] = self._guarded(row, lambda: self._call(row, state))
+        return result
+
+    def _guarded(self, row: Tensor, call: Callable[[], Any]) -> Any:
         try:
-            return self._call(row, state)
+            return call()
         except Exception as error:
             raise EngineError(
                 f"{type(self._module).__name__} itself fails on a row of {row.shape[1]} tokens "
@@ -98,6 +141,17 @@ class FullForward:
             return result.logits, cache_of(result)
         result = self._module(row) if state is None else self._module(row, state)
         return result if isinstance(result, tuple) else (result, None)
+
+
+@contextmanager
+def _giving(body: nn.Module, result: Any) -> Iterator[None]:
+    """Let a module give a result that it has computed before, instead of computing."""
+    # On the object, where it hides the class's own.
+    body.forward = lambda *args, **kwargs: result  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del body.forward
 
 
 def _forget(part: Any, args: Any, result: Any) -> None:

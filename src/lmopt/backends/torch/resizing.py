@@ -6,7 +6,7 @@ were kept, in the attribute `lmopt_structure` and in the artefact's manifest.
 """
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from lmopt.backends.torch.language_model import is_transformers
 from lmopt.backends.torch.quantizing import is_conv1d, matrix_of, set_matrix, set_part
 from lmopt.errors import CorruptArtifactError
 
+Blocks: TypeAlias = nn.ModuleList | nn.Sequential
+"""A list of blocks."""
 WIDTHS: Final = "lmopt_widths"
 """Field of `config.json` with the size of each linear that has another one than the configuration says."""
 _STRUCTURE: Final = "lmopt_structure"
@@ -100,12 +102,12 @@ def apply_structure(module: nn.Module, structure: Any, name: str) -> None:
         return
     for path, kept in _mapping(structure.get("blocks", {}), "blocks", name):
         blocks = _part(module, path, name)
-        if not isinstance(blocks, nn.ModuleList) or not _whole_numbers(kept, 0, len(blocks)):
+        if not isinstance(blocks, Blocks) or not _whole_numbers(kept, 0, len(blocks)):
             raise CorruptArtifactError(
                 f"{name} keeps the blocks {kept} of {path}, which {type(module).__name__} does not have. Build the "
                 "module as it was before blocks were dropped"
             )
-        set_part(module, path, nn.ModuleList([blocks[place] for place in kept]))
+        set_part(module, path, some_blocks(blocks, kept))
         reindex(blocks, kept)
     apply_widths(module, structure.get("widths", {}), name)
     tell_structure(module, blocks=structure.get("blocks"), widths=structure.get("widths"))
@@ -145,7 +147,13 @@ def apply_widths(module: nn.Module, widths: Any, name: str) -> None:
         tell_size(part)
 
 
-def reindex(blocks: nn.ModuleList, kept: list[int]) -> None:
+def some_blocks(blocks: Blocks, kept: list[int]) -> Blocks:
+    """Make a list, of the same kind, of some of its blocks."""
+    some = [blocks[place] for place in kept]
+    return nn.ModuleList(some) if isinstance(blocks, nn.ModuleList) else nn.Sequential(*some)
+
+
+def reindex(blocks: Blocks, kept: list[int]) -> None:
     """Let kept blocks, by their own count of themselves, say where they stand now.
 
     What counts blocks is found by its value: a whole number, on the same part of every block, that is the

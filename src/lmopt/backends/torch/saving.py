@@ -16,11 +16,12 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
 from lmopt.artifact import Artifact, publish
+from lmopt.backends.torch.casting import apply_casts
 from lmopt.backends.torch.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from lmopt.backends.torch.compressed_tensors_writing import Written
 from lmopt.backends.torch.compressed_tensors_writing import write as write_compressed_tensors
 from lmopt.backends.torch.description import Loaded
-from lmopt.backends.torch.language_model import is_transformers
+from lmopt.backends.torch.language_model import is_transformers, stated_casts
 from lmopt.backends.torch.loading import quiet
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.backends.torch.quantized_files import load_state, save_state
@@ -54,16 +55,19 @@ def write_weights(module: nn.Module, staging: Path, written: Written | None = No
     entry["library"] = "transformers" if is_transformers(module) else "custom"
     if structure := structure_of(module):
         entry["structure"] = structure
+    casts = stated_casts(module)
+    if casts and not is_transformers(module):
+        entry["casts"] = casts
     if written is not None:
         save_file(written.tensors, staging / WEIGHTS, metadata={"format": "pt"})
         _write_config(module, staging, written.quantization, dtype=written.dtype)
         entry["quantization_format"] = COMPRESSED_TENSORS
         entry["dequantized"] = list(written.dequantized)
-    elif quantization or stated_widths(module):
+    elif quantization or stated_widths(module) or (casts and is_transformers(module)):
         # By their own names: `load_state` reads them back into the parts as they are cut.
         save_state(module, staging / WEIGHTS)
         if is_transformers(module):
-            _write_config(module, staging, quantization)
+            _write_config(module, staging, quantization, dtype=casts.get("dtype"))
         else:
             entry["quantization"] = quantization
     elif is_transformers(module):
@@ -123,16 +127,7 @@ def save(
         ArtifactExistsError: The target holds something that may not be replaced.
         DiskFullError: The disk cannot hold it.
     """
-    if quantization_format not in QUANTIZATION_FORMATS or (dequantize and quantization_format == METHOD):
-        raise UnsupportedOptionError(
-            f"quantization_format is {quantization_format!r}; expected one of {', '.join(QUANTIZATION_FORMATS)}; "
-            f"dequantize goes with {COMPRESSED_TENSORS!r}"
-        )
-    written = (
-        write_compressed_tensors(loaded.module, dequantize=dequantize)
-        if quantization_format == COMPRESSED_TENSORS
-        else None
-    )
+    written = in_format(loaded.module, quantization_format, dequantize=dequantize)
     needed = stored_bytes(loaded.module)
     if written is not None:
         needed = sum(one.numel() * one.element_size() for one in written.tensors.values())
@@ -148,6 +143,25 @@ def save(
         draft.manifest["source"] = {"name": source, "fingerprint": fingerprint(loaded.module, loaded.config)}
         draft.manifest["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     return Artifact.open(target, verify=False)
+
+
+def in_format(module: nn.Module, quantization_format: str, *, dequantize: bool) -> Written | None:
+    """Bring quantized weights into a format of others, `None` for lmopt's own.
+
+    Args:
+        module: The model.
+        quantization_format: One of `QUANTIZATION_FORMATS`.
+        dequantize: Write parts in float that the format cannot hold.
+
+    Raises:
+        UnsupportedOptionError: There is no such format, or it cannot hold the model.
+    """
+    if quantization_format not in QUANTIZATION_FORMATS or (dequantize and quantization_format == METHOD):
+        raise UnsupportedOptionError(
+            f"quantization_format is {quantization_format!r}; expected one of {', '.join(QUANTIZATION_FORMATS)}; "
+            f"dequantize goes with {COMPRESSED_TENSORS!r}"
+        )
+    return None if quantization_format == METHOD else write_compressed_tensors(module, dequantize=dequantize)
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
@@ -168,6 +182,8 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     entry = artifact.manifest["formats"][FORMAT]
     if "structure" in entry:
         apply_structure(module, entry["structure"], str(folder))
+    if "casts" in entry and stated_casts(module) != entry["casts"]:
+        apply_casts(module, entry["casts"], str(folder))
     quantization = entry.get("quantization")
     if quantization:
         load_state(module, quantization, [artifact.file(WEIGHTS)], str(folder))
@@ -203,7 +219,8 @@ def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
             whole.update(f"\n{path} {_settings(part)}".encode() + _code(part))
     for path, part in quantized_parts(module).items():
         # Bytes alone do not tell 4-bit codes in groups of 32 from 8-bit codes in groups of 16.
-        whole.update(f"\n{path} {part.grid}".encode())
+        whole.update(f"\n{path} {part.grid} {getattr(part, 'activations', None)}".encode())
+    whole.update(json.dumps(stated_casts(module), sort_keys=True).encode() if stated_casts(module) else b"")
     for (name, tensor), digest in zip(state, digests, strict=True):
         whole.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + digest)
     return whole.hexdigest()

@@ -45,14 +45,13 @@ def by_budget(module: nn.Module, step: Mixed, setting: Setting) -> nn.Module:
             rows, columns = matrix_of(module.get_submodule(one.path)).shape
             budget += step.average_bits / 8 * rows * columns
             if one.path not in free:
-                budget -= form.grid(rows, columns).nbytes()
+                budget -= form.nbytes(rows, columns)
     chosen = choose_widths(candidates, int(budget))
-    widths = {
-        path: step.choices[choice]
-        for one, choice in zip(candidates, chosen, strict=True)
-        for path in one.paths
+    options = step.options()
+    forms = {
+        path: options[choice] for one, choice in zip(candidates, chosen, strict=True) for path in one.paths
     }
-    return by_matrix(module, step.with_widths(widths), setting)
+    return by_matrix(module, step.with_forms(forms), setting)
 
 
 def predicted(module: nn.Module, step: Mixed, setting: Setting) -> list[Candidate]:
@@ -146,19 +145,22 @@ def _candidate(
     read: dict[str, Statistics],
     sent: dict[str, NDArray[np.float64]],
 ) -> Candidate:
-    """Predict what each width costs some weights."""
-    costs, sizes = np.zeros(len(step.choices)), np.zeros(len(step.choices), np.int64)
+    """Predict what each form costs some weights, by the errors that the quantizer itself makes."""
+    draft = step.quantizer.draft()
+    steps = [replace(draft, bits=one["bits"], group_size=one["group_size"]) for one in step.options()]
+    costs, sizes = np.zeros(len(steps)), np.zeros(len(steps), np.int64)
     for path in paths:
         weight = values_of(module.get_submodule(path))
         gram, slope = read[path].gram, sent[path]
-        for number, bits in enumerate(step.choices):
-            form = replace(step.quantizer, bits=bits).form(path, "linear")
+        for number, quantizer in enumerate(steps):
+            form = quantizer.form(path, "linear")
             assert form is not None
-            error = weight - step.quantizer.apply(weight, form, path).values()
+            error = weight - quantizer.apply(weight, form, path, read[path]).values()
             costs[number] += 0.5 * float(
                 slope @ np.einsum("nk,nk->n", error @ gram, error).astype(np.float64)
             )
-            sizes[number] += form.grid(len(weight), weight.shape[1]).nbytes()
+            sizes[number] += form.nbytes(len(weight), weight.shape[1])
+    read[paths[0]].forget()
     return Candidate(tuple(paths), tuple(costs.tolist()), tuple(sizes.tolist()))
 
 

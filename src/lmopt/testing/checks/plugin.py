@@ -82,7 +82,7 @@ def check_missing_module_names_the_command(backend: str) -> None:
         raise unittest.SkipTest("the backend requires no module")
     for need in spec.requires:
         # None in sys.modules is Python's own way to say "must not be imported".
-        with mock.patch.dict(sys.modules, {need.module: None}):
+        with mock.patch.dict(sys.modules, dict.fromkeys((need.module, *need.instead))):
             error = refuses(
                 lambda: backends.load(backend),
                 NotInstalledError,

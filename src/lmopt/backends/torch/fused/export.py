@@ -19,7 +19,7 @@ from lmopt.backends.torch.fused.skips import join_skips
 from lmopt.backends.torch.fused.trace import trace
 from lmopt.backends.torch.fused.twin import twin_of
 from lmopt.backends.torch.graph import find_taps, fold, name_boundary, tidy
-from lmopt.backends.torch.language_model import Decoder, device_of, is_transformers
+from lmopt.backends.torch.language_model import Decoder, device_of, is_transformers, stated_casts
 from lmopt.signature import LOGITS_TO_KEEP, POSITION_IDS, Signature
 from lmopt.types import TensorSpec
 
@@ -49,6 +49,10 @@ def fused_graph(
     if not is_transformers(module):
         raise InexpressibleError(
             f"{type(module).__name__} is a module of its own, without transformers' attention interface"
+        )
+    if casts := stated_casts(module):
+        raise InexpressibleError(
+            f"{type(module).__name__} computes in {casts['dtype']} and float32, and these operators take one type"
         )
     if not decoder.takes_mask or not decoder.takes_positions:
         raise InexpressibleError(

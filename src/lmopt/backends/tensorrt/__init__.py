@@ -1,0 +1,1 @@
+"""TensorRT, in both its flavours: compile exported graphs into engines, and run them."""
