@@ -39,6 +39,7 @@ from lmopt.backends.torch.calibration import gathering, logits_of
 from lmopt.backends.torch.quantizing import find_weights, put
 from lmopt.cli.assets import fetch_smollm2
 from lmopt.compression import AWQ, GPTQ, Calibration, Mixed
+from lmopt.compression.step import Step
 from lmopt.compressor import compare_models
 from lmopt.evaluation.tolerances import Tolerance
 
@@ -178,14 +179,14 @@ def ours(model: Model, size: int, calibration: Calibration, text: str, *, head: 
     parts = find_weights(model.module, model.facts.vocab_size)
     kinds = {"linear", "embedding", "head"} if head else {"linear"}
     counts = [
-        int(np.prod(model.module.get_submodule(one.path).weight.shape))  # type: ignore[union-attr, arg-type]
+        int(np.prod(model.module.get_submodule(one.path).weight.shape))  # type: ignore[arg-type]
         for one in parts
         if one.part in kinds and one.tied is None
     ]
     rest = sum(one.numel() for one in model.module.parameters()) - sum(counts)
     bits = 8 * (size - 4 * rest) / sum(counts)
     form: dict[str, Any] = {"group_size": 64} if head else {"group_size": 64, "embedding": None, "head": None}
-    steps = [
+    steps: list[Step] = [
         AWQ(bits=4, group_size=64, n_grid=10, fold_only=True),
         Mixed(GPTQ(**form), average_bits=bits, tokens=2048),
     ]

@@ -144,7 +144,7 @@ def plain_steps(module: nn.Module, ids: Tensor, steps: int, order: Tensor) -> fl
         logits = found[0] if isinstance(found, tuple) else found
         loss = functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()

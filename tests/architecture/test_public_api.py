@@ -52,7 +52,11 @@ def test_every_argument_of_a_public_method_is_explained(name: str) -> None:
         if not callable(method):
             continue
         words = inspect.getdoc(method) or ""
-        if method is cls and inspect.isclass(cls) and (issubclass(cls, BaseException) or "Make one with" in words):
+        if (
+            method is cls
+            and inspect.isclass(cls)
+            and (issubclass(cls, BaseException) or "Make one with" in words)
+        ):
             continue  # nobody calls it by hand
         arguments = [name for name in inspect.signature(method).parameters if name not in {"self", "cls"}]
         if len(arguments) == 1:

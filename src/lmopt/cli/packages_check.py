@@ -59,10 +59,7 @@ def check_tensorrt(packages: dict[str, str]) -> list[Finding]:
     if rtx:
         found.append(_rtx(rtx))
     else:
-        text = (
-            "not installed; plain wheels, for RTX cards "
-            "(compute capability 7.5 to 12.x, not 9.0 or 10.0)"
-        )
+        text = "not installed; plain wheels, for RTX cards (compute capability 7.5 to 12.x, not 9.0 or 10.0)"
         found.append(Finding("accelerators", "TensorRT-RTX", "missing", text, _quoted("lmopt[tensorrt-rtx]")))
     if light:
         found.append(

@@ -303,6 +303,8 @@ def _set_precision(*, allow_tf32: bool) -> None:
     torch itself forbids it for products and allows it for convolutions and recurrent layers.
     """
     wanted = "tf32" if allow_tf32 else "ieee"
-    for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+    cudnn: Any = torch.backends.cudnn  # its parts are set at run time, which its types do not know
+    parts: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    for part in parts:
         if part.fp32_precision != wanted:
             part.fp32_precision = wanted

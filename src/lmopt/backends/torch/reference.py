@@ -147,7 +147,7 @@ class FullForward:
 def _giving(body: nn.Module, result: Any) -> Iterator[None]:
     """Let a module give a result that it has computed before, instead of computing."""
     # On the object, where it hides the class's own.
-    body.forward = lambda *args, **kwargs: result  # type: ignore[assignment]
+    body.forward = lambda *args, **kwargs: result
     try:
         yield
     finally:

@@ -42,7 +42,7 @@ def round_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """
     missing = -x.shape[-1] % block
     padded = functional.pad(x.float(), (0, missing)) if missing else x.float()
-    parts = padded.unflatten(-1, (-1, block))
+    parts = padded.reshape(*padded.shape[:-1], -1, block)
     most = parts.abs().amax(-1, keepdim=True)
     scales = most / _MOST
     # A block of zeros stays one.
@@ -72,7 +72,7 @@ def multiply(x: Tensor, grid: Grid, codes: Tensor, scales: Tensor, offsets: Tens
     block = block_of(grid)
     rounded_x, scales_x = round_rows(x.flatten(0, -2), block)
     parts = grid.group_size // block
-    weight = codes.unflatten(-1, (parts, block)).flatten(1, 2)
+    weight = codes.reshape(len(codes), -1, block)
     result = x.new_zeros(len(rounded_x), grid.rows, dtype=torch.float32)
     # Of the last group there may be blocks that are all filling.
     for number in range(rounded_x.shape[1]):
@@ -82,4 +82,4 @@ def multiply(x: Tensor, grid: Grid, codes: Tensor, scales: Tensor, offsets: Tens
         if offsets is not None:
             sums = rounded_x[:, number].sum(-1, keepdim=True)
             result += (sums * scales_x[:, number]) * offsets[:, group]
-    return result.unflatten(0, x.shape[:-1]).to(x.dtype)
+    return result.reshape(*x.shape[:-1], grid.rows).to(x.dtype)
