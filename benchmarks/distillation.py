@@ -4,7 +4,7 @@
         [--drop 6] [--teacher-rows 192] [--steps 100] [--piece-seconds S] [--write]
 
 Four stages, each kept in WORK and never done twice: remove blocks (chosen on the first text); let the teacher write
-texts; recover on the teacher's texts (read twice) and the given ones; measure all three models on held-out text. With
+texts; recover on the teacher's texts (read twice) and the given ones (of the held-out file itself the second half); measure all three models on held-out text. With
 `--piece-seconds` the recovery stops behind the first checkpoint after that time, and the next call goes on from it.
 Wall and processor seconds of everything but the measurements at the end are counted: loading, checkpoints and the
 evaluations in between too. `--write` makes `docs/results/DATE-distillation.md` and its curve.
@@ -40,6 +40,12 @@ class PieceOverError(Exception):
     """The time of this piece is over; a checkpoint has just been written."""
 
 
+def read(path: str, held_out: str) -> str:
+    """Read a text to learn on: of the file whose beginning is held out, the second half."""
+    text = Path(path).read_text(encoding="utf-8")
+    return text[len(text) // 2 :] if Path(path).resolve() == Path(held_out).resolve() else text
+
+
 def used() -> dict[str, float]:
     """Seconds that this process has taken since it began."""
     spent = resource.getrusage(resource.RUSAGE_SELF)
@@ -60,7 +66,11 @@ def written(source: Path, rows: int, work: Path) -> dict[str, Any]:
     path = work / "written.json"
     if not path.exists():
         before = used()
-        texts = teacher_texts(Model.from_pretrained(source, dtype="bfloat16"), rows=rows, tokens=BLOCK)
+        texts = (
+            teacher_texts(Model.from_pretrained(source, dtype="bfloat16"), rows=rows, tokens=BLOCK)
+            if rows
+            else []
+        )
         spent = {name: value - before[name] for name, value in used().items()}
         path.write_text(json.dumps({"rows": texts, **spent}), encoding="utf-8")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -240,7 +250,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    given = [Path(one).read_text(encoding="utf-8") for one in args.text]
+    given = [read(one, args.held_out) for one in args.text]
     model = Model.from_pretrained(args.model, dtype="float32")
     assert model.tokenizer is not None
     text = Path(args.held_out).read_text(encoding="utf-8")
@@ -253,9 +263,10 @@ def main() -> None:
         print("PIECE OVER")
         return
     corpus = ", ".join(
-        f"{Path(one).name} ({len(text):,} characters)" for one, text in zip(args.text, given, strict=True)
+        f"{Path(one).name} (its last {len(text):,} characters)" for one, text in zip(args.text, given, strict=True)
     )
-    corpus += f", and {len(teacher['rows'])} texts that the teacher wrote, twice"
+    if teacher["rows"]:
+        corpus += f", and {len(teacher['rows'])} texts that the teacher wrote, twice"
     report(args, measured(args.model, args.folder, held_out), corpus)
     print("DONE")
 

@@ -13,11 +13,14 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
+from lmopt import errors
+from lmopt.errors import EngineError, LmoptError
 from lmopt.types import AnyArray
 
 _PARENT: Final = "LMOPT_PARENT_PROCESS"
@@ -151,6 +154,21 @@ def ending(status: int) -> str:
         return f"killed by {signal.Signals(-status).name}"
     except ValueError:
         return f"killed by signal {-status}"
+
+
+def as_failure(error: Exception) -> dict[str, str]:
+    """Write an error as plain data, for the parent; one that is not lmopt's own is shown on stderr, too."""
+    if not isinstance(error, LmoptError):
+        traceback.print_exception(error, file=sys.stderr)
+    return {"type": type(error).__name__, "message": str(error)}
+
+
+def from_failure(failure: Mapping[str, str]) -> LmoptError:
+    """Make an error again from what `as_failure` wrote."""
+    kind = getattr(errors, failure["type"], None)
+    if isinstance(kind, type) and issubclass(kind, LmoptError):
+        return kind(failure["message"])
+    return EngineError(f"a process of lmopt failed: {failure['type']}: {failure['message']}")
 
 
 def serve() -> Channel:

@@ -111,6 +111,25 @@ def test_bad_rows_go_to_the_errors_and_do_not_spoil_the_others(artifact: Path, t
     assert (manifest["rows_in"], manifest["rows_out"], manifest["errors"]) == (12, 3, 9)
 
 
+def test_rows_that_json_cannot_write_again_are_errors_and_no_end_of_the_job(
+    artifact: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "in.jsonl"
+    bad = ['{"prompt": [5], "x": NaN}', '{"prompt": [5], "x": [1e999]}', "[" * 100_000, '{"x": -Infinity}']
+    path.write_text("\n".join(['{"prompt": [5]}', *bad, '{"prompt": [6]}']))
+    found = batch(artifact, path, tmp_path / "out", max_new_tokens=2)
+    assert [row["row"] for row in found.rows()] == [0, 5]
+    told = list(found.error_rows())
+    assert [row["row"] for row in told] == [1, 2, 3, 4]
+    assert [row["input"] for row in told] == bad
+    assert [row["error"]["type"] for row in told] == [
+        "ValueError",
+        "ValueError",
+        "RecursionError",
+        "ValueError",
+    ]
+
+
 def test_too_many_errors_stop_the_job_and_more_may_be_allowed(artifact: Path, tmp_path: Path) -> None:
     rows = [[5], [9999], [6], [9998], [7], [8]]
     job: dict[str, Any] = {"rows_per_shard": 2, "max_new_tokens": 2}

@@ -10,7 +10,7 @@ from lmopt import Compressor, Model
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.compression import DropBlocks, Magnitude, Quantize
 from lmopt.compression.recipe import load_recipe, save_recipe, step_from_dict
-from lmopt.errors import UnsupportedOptionError
+from lmopt.errors import ArtifactError, UnsupportedOptionError
 from lmopt.testing.models import VOCAB_SIZE, tiny_llama
 from lmopt.training.recovering import recover
 from lmopt.training.steps import Distill
@@ -139,6 +139,24 @@ def test_cached_answers_serve_a_run_that_goes_on(tmp_path: Path) -> None:
     again = recover(pruned, model, step, data=DATA)
     assert (again.resumed_from, again.losses) == (40, first.losses)
     assert distance(first.model, again.model) == 0
+    # Another student of the same shape would be given the weights of the first one.
+    other = Compressor([Magnitude(sparsity=0.4)]).compress(model)
+    with pytest.raises(ArtifactError, match="'student'"):
+        recover(other, model, step, data=DATA)
+
+
+def test_adapters_begin_by_the_seed_and_leave_the_callers_random_numbers_alone() -> None:
+    model = Model.from_module(tiny_llama())
+    pruned = Compressor([DropBlocks(count=1)]).compress(model)
+    found = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(found))
+        state = torch.get_rng_state()
+        step = Distill(max_steps=2, learning_rate=1e-2, block_size=16, lora_rank=2, seed=seed)
+        found.append(recover(pruned, model, step, data=DATA))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0].losses == found[1].losses != found[2].losses
+    assert distance(found[0].model, found[1].model) == 0
 
 
 def test_a_teacher_writes_what_is_learnt() -> None:

@@ -3,9 +3,9 @@
 import time
 from typing import Final
 
-from lmopt.children import Channel, serve
+from lmopt.children import Channel, as_failure, serve
 from lmopt.scaling.inputs import Shard
-from lmopt.scaling.worker import Worker, as_failure
+from lmopt.scaling.worker import Worker
 
 _TELL_S: Final = 0.2
 

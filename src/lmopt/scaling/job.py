@@ -4,12 +4,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from lmopt.artifact import Artifact
-from lmopt.errors import InputError, TooManyErrorsError, UnsupportedOptionError
+from lmopt.errors import InputError, LmoptError, TooManyErrorsError, UnsupportedOptionError
 from lmopt.generation import GenerationConfig
 from lmopt.model import Model
 from lmopt.platform import usable_cpus
@@ -213,7 +214,8 @@ def _run(
     except TooManyErrorsError:
         raise
     except BaseException:
-        ledger.write_errors()
+        with suppress(LmoptError):  # a disk that is full must not hide what happened
+            ledger.write_errors()
         raise
 
 

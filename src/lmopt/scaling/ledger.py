@@ -86,6 +86,8 @@ class Ledger:
         self._job = json.loads(json.dumps(job))
         known = self._known_job()
         if known is None:
+            # Before the synced file beside it, so that a loss of power cannot take the journal's own name.
+            (self.scratch / "journal.jsonl").touch()
             self._put(self.scratch / "job.json", [json.dumps(self._job, indent=1)])
         elif known != self._job:
             raise JobMismatchError(
@@ -93,6 +95,8 @@ class Ledger:
                 "another output folder."
             )
         entries = self._manifest()["shards"] if self.finished else list(self._journal())
+        if self.finished and (told := self._manifest().get("errors_file")):
+            self._is_there(told)
         for entry in entries:
             if self._is_there(entry):
                 self.committed[entry["shard"]] = entry
@@ -106,16 +110,16 @@ class Ledger:
         if result.number in self.committed:
             return
         name = shard_name(result.number)
+        digest, size = self._put(self.folder / name, result.rows)
+        entry = {
+            "shard": result.number,
+            "file": name,
+            "rows": len(result.rows),
+            "bytes": size,
+            "sha256": digest,
+            "errors": result.errors,
+        }
         try:
-            digest, size = self._put(self.folder / name, result.rows)
-            entry = {
-                "shard": result.number,
-                "file": name,
-                "rows": len(result.rows),
-                "bytes": size,
-                "sha256": digest,
-                "errors": result.errors,
-            }
             with (self.scratch / "journal.jsonl").open("ab") as journal:
                 journal.write((to_line(entry) + "\n").encode())
                 journal.flush()
@@ -132,6 +136,9 @@ class Ledger:
 
         Returns:
             Number of the errors.
+
+        Raises:
+            DiskFullError: The disk is full; the file is as it was.
         """
         told = [*self.errors(), *more]
         path = self.folder / ERRORS
@@ -173,10 +180,7 @@ class Ledger:
         if told:
             digest, size = file_hash(self.folder / ERRORS)
             manifest["errors_file"] = {"file": ERRORS, "bytes": size, "sha256": digest}
-        try:
-            self._put(self.folder / MANIFEST, [json.dumps(manifest, indent=1)])
-        except OSError as error:
-            raise self._failed(error) from error
+        self._put(self.folder / MANIFEST, [json.dumps(manifest, indent=1)])
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def close(self) -> None:
@@ -249,12 +253,15 @@ class Ledger:
         """Write a file so that it is there whole or not at all; return its hash and size."""
         content = "".join(line + "\n" for line in lines).encode()
         temporary = self.scratch / f"{path.name}.tmp"
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        durable.sync(path.parent)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            durable.sync(path.parent)
+        except OSError as error:
+            raise self._failed(error) from error
         return hashlib.sha256(content).hexdigest(), len(content)
 
     def _failed(self, error: OSError) -> Exception:

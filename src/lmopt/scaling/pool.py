@@ -7,11 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from lmopt.children import Child
+from lmopt.children import Child, from_failure
 from lmopt.errors import WorkerDiedError
 from lmopt.scaling.inputs import Shard
 from lmopt.scaling.rows import ShardResult
-from lmopt.scaling.worker import from_failure
 
 MOST_DEATHS: Final = 3
 """Times that a shard, or the opening of the model, may end its worker before the job stops."""

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from lmopt.children import as_failure, from_failure
 from lmopt.errors import DeviceError, NotInstalledError, WorkerDiedError
 from lmopt.registry import pip_line
 from lmopt.scaling.inputs import Shard
 from lmopt.scaling.rows import ShardResult
-from lmopt.scaling.worker import Worker, as_failure, from_failure
+from lmopt.scaling.worker import Worker
 from lmopt.spec import Requirement
 
 _LOOPBACK: Final = "127.0.0.1"

@@ -84,7 +84,7 @@ def run_shard(
     for row, line in enumerate(lines, first_row):
         try:
             records[row] = _parse(runtime, task, line)
-        except (LmoptError, ValueError) as error:
+        except (LmoptError, ValueError, RecursionError) as error:
             errors[row] = error, line.decode(errors="replace").strip()
     batch = _Batch(runtime, task, progress)
     results = batch.run([(row, prompt) for row, (_, prompt) in records.items()])
@@ -179,6 +179,7 @@ def _parse(runtime: Runtime, task: Task, line: bytes) -> tuple[dict[str, Any], P
     if not task.is_json:
         return {"prompt": text}, text
     record = json.loads(text)
+    to_line(record)  # NaN and numbers beyond all bounds are no JSON, and would stop whoever writes them
     if not isinstance(record, dict):
         raise InputError(f"the line is a JSON {type(record).__name__}; expected an object with a prompt")
     if taken := [name for name in RESERVED if name in record]:

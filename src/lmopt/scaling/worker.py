@@ -1,13 +1,9 @@
 """A worker process of a corpus job: opens the model once and turns shards into results."""
 
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lmopt import errors
-from lmopt.errors import EngineError, LmoptError
 from lmopt.runtime import Runtime
 from lmopt.scaling.inputs import Shard, read_shard
 from lmopt.scaling.rows import ShardResult, Task, run_shard
@@ -36,18 +32,3 @@ class Worker:
             first_row=shard.first_row,
             progress=progress,
         )
-
-
-def as_failure(error: Exception) -> dict[str, str]:
-    """Write an error that ends the job as plain data."""
-    if not isinstance(error, LmoptError):
-        traceback.print_exception(error, file=sys.stderr)
-    return {"type": type(error).__name__, "message": str(error)}
-
-
-def from_failure(failure: Mapping[str, str]) -> LmoptError:
-    """Make an error again from what `as_failure` wrote."""
-    kind = getattr(errors, failure["type"], None)
-    if isinstance(kind, type) and issubclass(kind, LmoptError):
-        return kind(failure["message"])
-    return EngineError(f"a worker failed: {failure['type']}: {failure['message']}")

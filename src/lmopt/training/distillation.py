@@ -26,6 +26,8 @@ class Distillation(nn.Module):
         beta: 0 for forward KL, 1 for reverse KL, between them the generalised Jensen-Shannon divergence.
         hidden: Distance of hidden states, `None` for none.
         hidden_weight: Its weight.
+        student: What identifies the student as it begins, such as `Model.fingerprint()`, so that a checkpoint is not
+            taken up by another one; empty does not tell.
 
     Raises:
         UnsupportedOptionError: A number is out of its range.
@@ -46,12 +48,14 @@ class Distillation(nn.Module):
         beta: float = 0.0,
         hidden: HiddenStates | None = None,
         hidden_weight: float = 1.0,
+        student: str = "",
     ) -> None:
         super().__init__()
         check_weights(temperature=temperature, alpha=alpha, beta=beta, hidden_weight=hidden_weight)
         self.teacher = teacher
         self.temperature, self.alpha, self.beta = temperature, alpha, beta
         self.hidden, self.hidden_weight = hidden, hidden_weight
+        self.student = student
 
     def forward(self, batch: Batch, outputs: Outputs) -> LossValue:
         """Judge a student's answers."""
@@ -81,6 +85,7 @@ class Distillation(nn.Module):
             "alpha": self.alpha,
             "beta": self.beta,
             "hidden_states": None if self.hidden is None else self.hidden.describe(self.hidden_weight),
+            "student": self.student,
             **self.teacher.describe(),
         }
 

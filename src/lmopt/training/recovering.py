@@ -66,6 +66,9 @@ def recover(
     corpus = _corpus(student, teacher, step, data)
     copied = student.with_module(copy.deepcopy(student.module))
     with ExitStack() as stack:
+        # Adapters begin at random: by the seed, and without a trace in the caller's random numbers.
+        stack.enter_context(torch.random.fork_rng([]))
+        torch.manual_seed(step.seed)
         live = LiveTeacher(teacher.module.eval(), teacher.fingerprint())
         loss = _loss(copied, live, step, corpus, folder, stack)
         stack.enter_context(prepared(copied, step))
@@ -197,6 +200,7 @@ def _loss(
         beta=step.beta,
         hidden=hidden,
         hidden_weight=step.hidden_weight,
+        student="" if folder is None else student.fingerprint(),
     )
     if step.on_policy > 0:
         return OnPolicy(loss, student.facts, share=step.on_policy, seed=step.seed)

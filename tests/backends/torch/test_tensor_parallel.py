@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import lmopt
+from lmopt.backends.torch.tensor_parallel_ranks import Ranks
 from lmopt.errors import (
     ClosedError,
     InputError,
@@ -147,6 +148,23 @@ def test_a_dead_rank_is_named_and_the_others_do_not_stay(split: lmopt.Runtime) -
     with pytest.raises(WorkerDiedError, match=rf"rank 1 of 2 \(process {pids[1]}\).*SIGKILL"):
         _generate_for(split, seconds=30)
     assert time.monotonic() - began < 30
+    assert all_gone(pids)
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next(
+    split: lmopt.Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids = split.report().actual.details["ranks"]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "_collect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            split.logits([5, 6, 7])
+    with pytest.raises(ClosedError):
+        split.logits([8, 9])
     assert all_gone(pids)
 
 

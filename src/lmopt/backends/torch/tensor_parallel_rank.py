@@ -17,7 +17,7 @@ from torch import nn
 
 from lmopt.backends.torch.engine import TorchEngine
 from lmopt.backends.torch.language_model import as_decoder
-from lmopt.children import Channel, serve
+from lmopt.children import Channel, as_failure, serve
 from lmopt.errors import InputError, UnsupportedError
 from lmopt.signature import ArrayState
 from lmopt.types import AnyArray, ModelFacts
@@ -38,7 +38,7 @@ def main() -> None:
     except BrokenPipeError:
         pass
     except Exception as error:
-        channel.send({"error": {"type": type(error).__name__, "message": str(error)}})
+        channel.send({"error": as_failure(error)})
     # Without the farewells of torch.distributed, which wait for ranks that may be gone.
     os._exit(0)
 
@@ -78,7 +78,7 @@ class _Rank:
         try:
             found = getattr(self, f"_{order.pop('do')}")(order, arrays)
         except Exception as error:
-            self._channel.send({"error": {"type": type(error).__name__, "message": str(error)}})
+            self._channel.send({"error": as_failure(error)})
             return
         self._channel.send({}, found if self._number == 0 else [])
 

@@ -7,8 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from lmopt import errors
-from lmopt.children import Child
+from lmopt.children import Child, from_failure
 from lmopt.errors import ClosedError, EngineError, LmoptError, WorkerDiedError
 from lmopt.types import AnyArray
 
@@ -65,17 +64,24 @@ class Ranks:
             WorkerDiedError: A rank is gone; all were ended.
             EngineError: A rank failed and others did not, so all were ended.
             LmoptError: What all ranks have in common; they go on.
-            ClosedError: They were ended before.
+            ClosedError: They were ended before, also by an interrupt (Ctrl-C) of the call before.
         """
         with self._lock:
             if not self.alive:
                 raise ClosedError("this engine is closed; open a new lmopt.Runtime")
-            for number, rank in enumerate(self._ranks):
-                try:
-                    rank.channel.send(order(number), arrays)
-                except OSError:
-                    self._lost(number, "it was idle")
-            return self._collect(doing)
+            try:
+                for number, rank in enumerate(self._ranks):
+                    try:
+                        rank.channel.send(order(number), arrays)
+                    except OSError:
+                        self._lost(number, "it was idle")
+                return self._collect(doing)
+            except LmoptError:
+                raise
+            except BaseException:
+                # Ctrl-C: what is still to come would be taken for the answers to the next question.
+                self.end()
+                raise
 
     def _collect(self, doing: str) -> Answer:
         answers: dict[int, Answer] = {}
@@ -100,7 +106,7 @@ class Ranks:
                     deadline = time.monotonic() + _PATIENCE_S
         failed = [answer[0]["error"] for answer in answers.values() if "error" in answer[0]]
         if len(failed) == len(answers):
-            raise _as_error(failed[0])
+            raise from_failure(failed[0])
         if failed:
             self._give_up(answers, doing)
         return answers[0]
@@ -126,10 +132,3 @@ class Ranks:
 def _end(ranks: Sequence[Child]) -> None:
     for rank in ranks:
         rank.end()
-
-
-def _as_error(failure: Mapping[str, str]) -> LmoptError:
-    kind = getattr(errors, failure["type"], None)
-    if isinstance(kind, type) and issubclass(kind, LmoptError):
-        return kind(failure["message"])
-    return EngineError(f"{failure['type']}: {failure['message']}")
