@@ -341,6 +341,26 @@ def test_another_device_or_dtype_is_refused(opened, workshop):
         open_engine(request)
 
 
+@pytest.mark.parametrize("columns", ["all", "last", "unequal"])
+def test_logits_in_bfloat16_come_to_the_host_as_they_are(opened, rows, gpu, columns):
+    """ONNX Runtime computes in float32 here; what goes in and out of the engine is rounded to bfloat16."""
+    gpu.dtype = "bfloat16"
+    one = opened()
+    assert one.engine.report().dtype == "bfloat16"
+    texts = rows(9, 4 if columns == "unequal" else 9)
+    given, state = read(one.engine, texts, last_only=columns != "all")
+    for text, logits in zip(texts, given, strict=True):
+        assert logits.dtype == np.float32
+        # Eight bits of mantissa: the lower half of each float32 is zero.
+        assert not (logits.view(np.uint32) & 0xFFFF).any()
+        np.testing.assert_allclose(logits, one.subject.reference(text)[-len(logits) :], rtol=2**-7, atol=1e-3)
+    (tail,) = rows(1, seed=5)
+    given, _ = read(one.engine, [tail, tail], state, last_only=True)
+    for text, logits in zip(texts, given, strict=True):
+        expected = one.subject.reference(np.concatenate([text, tail]))[-1:]
+        np.testing.assert_allclose(logits, expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize(
     ("used", "capacity", "most", "slots"),
     [

@@ -17,7 +17,6 @@ import pytest
 from lmopt.accelerators import cuda
 from lmopt.errors import DeviceError
 from lmopt.evaluation import measure_speed
-from lmopt.exporter import Exporter
 from lmopt.model import Model
 from lmopt.runtime import Runtime
 from lmopt.testing import models
@@ -26,33 +25,23 @@ pytestmark = pytest.mark.gpu
 DTYPES = ("float32", "float16", "bfloat16")
 LIMITS = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 3e-1}
 """Of single logits, which spread over a few units; the conformance kit has finer limits, of distributions."""
+RUNS = 1000
 PROMPT = list(range(5, 21))
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """The tiny Llama, exported once in each compute type."""
-    made: dict[str, Any] = {}
-
-    def get(dtype: str):
-        if dtype not in made:
-            import torch
-
-            module = models.tiny_llama().to(getattr(torch, dtype))
-            folder = tmp_path_factory.mktemp("gpu") / dtype
-            made[dtype] = Exporter("onnx").export(Model.from_module(module), folder)
-        return made[dtype]
-
-    return get
+@pytest.fixture
+def artifact_of(workshop):
+    """Give the tiny Llama, exported once in each compute type."""
+    return lambda dtype: workshop.subject("llama", "onnx", dtype).artifact
 
 
 @pytest.fixture
-def tensorrt(exported):
+def tensorrt(artifact_of):
     """Open the tiny Llama on TensorRT."""
     opened = []
 
     def get(dtype: str = "float32", **options):
-        opened.append(Runtime(exported(dtype), backend="tensorrt", device="cuda", **options))
+        opened.append(Runtime(artifact_of(dtype), backend="tensorrt", device="cuda", **options))
         return opened[-1]
 
     yield get
@@ -66,8 +55,8 @@ def step(engine, ids, state, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_numbers_are_those_of_onnxruntime_on_the_cpu(exported, tensorrt, gpu_figures, dtype):
-    reference = exported("float32" if dtype == "bfloat16" else dtype)
+def test_numbers_are_those_of_onnxruntime_on_the_cpu(artifact_of, tensorrt, gpu_figures, dtype):
+    reference = artifact_of("float32" if dtype == "bfloat16" else dtype)
     with Runtime(reference, backend="onnxruntime") as cpu:
         expected = cpu.logits(PROMPT)
     given = tensorrt(dtype).logits(PROMPT)
@@ -87,9 +76,12 @@ def test_tokens_one_by_one_are_tokens_at_once(tensorrt, dtype):
 
 
 def test_64_greedy_tokens_are_those_of_eager_float32(tensorrt):
+    # An end that both know, and that cannot come before the last token.
+    how = {"max_new_tokens": 64, "min_new_tokens": 64, "eos_token_id": 2, "do_sample": False}
     with Runtime(Model.from_module(models.tiny_llama()), backend="torch") as eager:
-        expected = eager.generate([PROMPT], max_new_tokens=64, do_sample=False)[0].token_ids
-    given = tensorrt().generate([PROMPT], max_new_tokens=64, do_sample=False)[0].token_ids
+        expected = eager.generate([PROMPT], **how)[0].token_ids
+    given = tensorrt().generate([PROMPT], **how)[0].token_ids
+    assert len(given) == 64
     assert given == expected
 
 
@@ -149,7 +141,7 @@ def test_an_engine_is_found_again_and_a_damaged_one_built_again(tensorrt, monkey
     data = bytearray(plan.read_bytes())
     data[len(data) // 2] ^= 0xFF
     plan.write_bytes(bytes(data))
-    with pytest.warns(UserWarning, match="engine"):
+    with pytest.warns(RuntimeWarning, match="compiled engine in the cache"):
         healed = tensorrt()
     assert not healed.report().actual.details["plan"]["from_cache"]
     np.testing.assert_allclose(healed.logits(PROMPT), expected, rtol=1e-4, atol=1e-4)
@@ -160,11 +152,11 @@ def test_1000_runs_leave_no_memory_behind(tensorrt, gpu_figures):
 
     engine = tensorrt().engine
     free = []
-    for _ in range(1000):
+    for _ in range(RUNS):
         _, state = step(engine, PROMPT, engine.begin(1))
         step(engine, [7], state)
         free.append(calls.free_memory())
-    gpu_figures["bytes lost in 1000 runs"] = free[10] - free[-1]
+    gpu_figures[f"bytes lost in {RUNS} runs"] = free[10] - free[-1]
     assert free[10] - free[-1] < 8 << 20
 
 
@@ -188,16 +180,16 @@ def test_two_threads(tensorrt):
     assert not wrong
 
 
-def test_a_device_that_is_not_there(tensorrt, exported):
+def test_a_device_that_is_not_there(tensorrt, artifact_of):
     beyond = f"cuda:{len(cuda().devices)}"
     with pytest.raises(DeviceError, match=beyond):
-        Runtime(exported("float32"), backend="tensorrt", device=beyond)
+        Runtime(artifact_of("float32"), backend="tensorrt", device=beyond)
 
 
-def test_onnxruntime_on_cuda_is_on_cuda(exported, gpu_figures):
-    with Runtime(exported("float32"), backend="onnxruntime") as cpu:
+def test_onnxruntime_on_cuda_is_on_cuda(artifact_of, gpu_figures):
+    with Runtime(artifact_of("float32"), backend="onnxruntime") as cpu:
         expected = cpu.logits(PROMPT)
-    with Runtime(exported("float32"), backend="onnxruntime", device="cuda") as runtime:
+    with Runtime(artifact_of("float32"), backend="onnxruntime", device="cuda") as runtime:
         np.testing.assert_allclose(runtime.logits(PROMPT), expected, rtol=1e-3, atol=1e-3)
         gpu_figures["nodes of ONNX Runtime on CUDA"] = runtime.report().actual.details["nodes"]
 
@@ -218,13 +210,16 @@ def test_speed_beside_the_others(smollm2: Path, gpu_figures):
     for backend in ("torch", "onnxruntime", "tensorrt"):
         try:
             with Runtime(model, backend=backend, device="cuda") as runtime:
-                speed = measure_speed(runtime.engine, prompt_tokens=128, new_tokens=128, rounds=5)
+                table[backend] = speed_of(runtime, 128)
         except Exception as error:
             table[backend] = f"{type(error).__name__}: {error}"
-        else:
-            table[backend] = asdict(speed)
     table["torch.compile"] = _compiled(model)
     gpu_figures["tokens per second, SmolLM2 float16, 128 + 128"] = table
+
+
+def speed_of(runtime: Runtime, tokens: int) -> dict[str, Any]:
+    """Measure a prompt of so many tokens, and as many new ones."""
+    return asdict(measure_speed(runtime.engine, prompt_tokens=tokens, new_tokens=tokens, rounds=5))
 
 
 def _compiled(model: Model) -> dict[str, float] | str:

@@ -3,7 +3,7 @@
 Nothing here runs on a GPU: that the calls *work* is for `pytest -m gpu` to show.
 """
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import cuda.bindings.runtime as runtime
@@ -15,14 +15,7 @@ import lmopt.backends.tensorrt as room
 ROOM = Path(room.__file__).parent
 
 
-def _walking():
-    spec = importlib.util.spec_from_file_location("walking", Path(__file__).with_name("walking.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-walking = _walking()
+walking = sys.modules["tensorrt_tests_walking"]  # by conftest.py
 RUN = {
     "contexts.py": [(("self._native",), trt.IExecutionContext)],
     "loading.py": [

@@ -28,6 +28,7 @@ from lmopt.types import ModelFacts, TensorSpec
 GRAPH: Final = "model.onnx"
 RECIPE: Final = 1
 """Version of what `preparing` and `building` do to a graph: to be raised when their result changes."""
+BUILT_AGAIN: Final = "a compiled engine in the cache is not used and is built again"
 _RECORD_SUFFIX: Final = ".json"
 _MOST_RECORD: Final = 1 << 22
 
@@ -38,6 +39,7 @@ def plan_for(
     *,
     facts: ModelFacts,
     device: Mapping[str, Any] | None = None,
+    again: bool = False,
 ) -> Plan:
     """Give the plan of an artefact's `onnx` format: out of the cache, or built and put there.
 
@@ -50,6 +52,7 @@ def plan_for(
         facts: Of the model.
         device: What a plan depends on of the GPU that will run it: `name`, `compute_capability` (`"8.9"`),
             `multiprocessors`, `memory_bytes`, `driver`, `runtime`. `None` where there is none: then only RTX builds.
+        again: Whether to remove what the cache has and build anew: TensorRT has refused it.
 
     Raises:
         UnsupportedError: The artefact is in another dialect, or the flavour needs a GPU for building.
@@ -69,10 +72,12 @@ def plan_for(
     key = plan_key(model, options, flavour, facts=facts, device=device)
     name = hashlib.sha256(canonical(key, "the engine's key")).hexdigest()
     folder = engine_folder()
-    if (found := _sound(folder, name, key, quiet=True)) is not None:
+    if not again and (found := _sound(folder, name, key, quiet=True)) is not None:
         return found
     with folder.locked(name):
-        if (found := _sound(folder, name, key)) is not None:
+        if again:
+            folder.remove(name)
+        elif (found := _sound(folder, name, key)) is not None:
             return found
         timings = (
             _Timings(folder, flavour, device) if flavour.has_timing_cache and options.timing_cache else None
@@ -217,11 +222,7 @@ def _sound(folder: SealedFolder, name: str, key: Mapping[str, Any], *, quiet: bo
     except CorruptArtifactError as error:
         if quiet:  # looked at again under the lock: another process may be healing it right now
             return None
-        warnings.warn(
-            f"a compiled engine in the cache is not used and is built again: {error}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        warnings.warn(f"{BUILT_AGAIN}: {error}", RuntimeWarning, stacklevel=4)
         folder.remove(name)
         return None
 

@@ -4,6 +4,7 @@ Both have one API as far as lmopt uses it (`tests/backends/tensorrt/test_contrac
 against the live bindings), so the module itself is a parameter of all that follows.
 """
 
+import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
@@ -149,6 +150,11 @@ def _find(module: str) -> bool:
 def _version(module: Any) -> str:
     """Full version; the distribution's where it says more than the module (a fourth number)."""
     stated = str(module.__version__)
-    owners = packages_distributions().get(module.__name__, ())
-    versions = [version(owner) for owner in owners]
+    versions = [version(owner) for owner in _owners(module.__name__)]
     return max([stated, *(one for one in versions if one.startswith(stated))], key=len)
+
+
+@functools.cache
+def _owners(module: str) -> tuple[str, ...]:
+    """Distributions that a module comes with; a look at all that is installed, which takes up to a second."""
+    return tuple(packages_distributions().get(module, ()))

@@ -71,7 +71,7 @@ class Loaded:
         # Whoever gets here has asked `lmopt.accelerators` for a device: without one the next line is a crash.
         self._runtime: Any = flavour.module.Runtime(self.log.native)
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan.data)
-        if self._engine is None:
+        if self._engine is None or self.log.errors():
             raise self.failed(
                 f"{flavour.name} {flavour.version} cannot load the plan of {len(plan.data)} bytes"
             )

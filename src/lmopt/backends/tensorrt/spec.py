@@ -16,8 +16,8 @@ BACKEND = BackendSpec(
             install="lmopt[tensorrt-rtx]",
             instead=("tensorrt_rtx", "tensorrt_rtx_bindings"),
         ),
-        Requirement(module="onnx_ir", install="lmopt[onnx]"),
-        Requirement(module="cuda", install="lmopt[cuda]"),
+        Requirement(module="onnx_ir", install="lmopt[tensorrt-rtx]"),
+        Requirement(module="cuda", install="lmopt[tensorrt-rtx]"),
     ),
     description="TensorRT and TensorRT for RTX: graphs compiled for NVIDIA GPUs, without torch",
 )
