@@ -4,8 +4,8 @@
         [--drop 6] [--teacher-rows 192] [--steps 100] [--piece-seconds S] [--write]
 
 Four stages, each kept in WORK and never done twice: remove blocks (chosen on the first text); let the teacher write
-texts; recover on the teacher's texts (read twice) and the given ones (of the held-out file itself the second half); measure all three models on held-out text. With
-`--piece-seconds` the recovery stops behind the first checkpoint after that time, and the next call goes on from it.
+texts; recover on the teacher's texts (read twice) and the given ones (of the held-out file itself the second half); measure
+all three models on held-out text. With `--piece-seconds` the recovery stops behind the first checkpoint after that time, and the next call goes on from it.
 Wall and processor seconds of everything but the measurements at the end are counted: loading, checkpoints and the
 evaluations in between too. `--write` makes `docs/results/DATE-distillation.md` and its curve.
 """
@@ -263,7 +263,8 @@ def main() -> None:
         print("PIECE OVER")
         return
     corpus = ", ".join(
-        f"{Path(one).name} (its last {len(text):,} characters)" for one, text in zip(args.text, given, strict=True)
+        f"{Path(one).name} (its last {len(text):,} characters)"
+        for one, text in zip(args.text, given, strict=True)
     )
     if teacher["rows"]:
         corpus += f", and {len(teacher['rows'])} texts that the teacher wrote, twice"

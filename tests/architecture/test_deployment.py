@@ -144,7 +144,9 @@ def test_the_base_dependencies_bring_no_framework(deployment: Deployment) -> Non
     assert Path(home).is_relative_to(deployment.python.parents[1]), "this is not the wheel's lmopt"
 
 
-def test_all_but_rooms_of_absent_packages_and_the_command_line_can_be_imported(deployment: Deployment) -> None:
+def test_all_but_rooms_of_absent_packages_and_the_command_line_can_be_imported(
+    deployment: Deployment,
+) -> None:
     found = deployment.run(
         "import importlib, json, pkgutil, lmopt\n"
         "names = [one.name for one in pkgutil.walk_packages(lmopt.__path__, 'lmopt.')]\n"

@@ -40,7 +40,11 @@ def artifact_of(smollm2, keep):
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("targets", TARGETS, ids="+".join)
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(
+    # Exports and builds take minutes: a normal run makes the one that has most in it.
+    "kind",
+    [pytest.param(one, marks=() if one == "int4" else pytest.mark.slow) for one in CASES],
+)
 def test_smollm2_compiles_for_three_generations(kind, targets, artifact_of):
     _, least, most = CASES[kind]
     artifact = artifact_of(kind)
