@@ -4,10 +4,11 @@
         [--drop 6] [--teacher-rows 192] [--steps 100] [--piece-seconds S] [--write]
 
 Four stages, each kept in WORK and never done twice: remove blocks (chosen on the first text); let the teacher write
-texts; recover on the teacher's texts (read twice) and the given ones (of the held-out file itself the second half); measure
-all three models on held-out text. With `--piece-seconds` the recovery stops behind the first checkpoint after that time, and the next call goes on from it.
-Wall and processor seconds of everything but the measurements at the end are counted: loading, checkpoints and the
-evaluations in between too. `--write` makes `docs/results/DATE-distillation.md` and its curve.
+texts; recover on the teacher's texts (read twice) and the given ones (of the held-out file itself the second half);
+measure all three models on held-out text. With `--piece-seconds` the recovery stops behind the first checkpoint after
+that time, and the next call goes on from it. Wall and processor seconds of everything but the measurements at the end
+are counted: loading, checkpoints and the evaluations in between too. `--write` makes
+`docs/results/DATE-distillation.md` and its curve.
 """
 
 import argparse
