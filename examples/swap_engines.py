@@ -42,7 +42,7 @@ model = lmopt.Model.from_pretrained(source)
 
 # %%
 found, reports = {}, {}
-for backend in backends.ready():
+for backend in (name for name in backends.ready() if "cpu" in backends.spec(name).can.devices):
     with lmopt.Runtime(model, backend=backend) as runtime:
         found[backend] = runtime.generate("The capital of France is", max_new_tokens=new_tokens)
         reports[backend] = runtime.report()

@@ -22,10 +22,12 @@ from lmopt.errors import (
 )
 from lmopt.exporter import Exporter
 from lmopt.model import Model
+from lmopt.opening import export_for
 from lmopt.registry import backends
 from lmopt.runtime import Runtime
 from lmopt.spec import BackendSpec, Capabilities, Requirement
 from lmopt.testing.models import VOCAB_SIZE
+from lmopt.tokenizer import Tokenizer
 
 TEXT = "w5 w17 w40 w41"
 
@@ -254,3 +256,13 @@ def test_a_manifest_from_elsewhere_is_not_trusted(artifact: Artifact, tmp_path: 
     (copy / "lmopt.json").write_text(json.dumps(manifest))
     with pytest.raises(LmoptError):
         Runtime(copy)
+
+
+def test_an_export_in_the_cache_is_that_of_the_tokenizer_too() -> None:
+    module = small_llama()
+    words = Backend(models.WordLevel({f"w{n}": n for n in range(VOCAB_SIZE)}, unk_token="w0"))
+    with_none = export_for(Model.from_module(module), "onnxruntime", "cpu")
+    with_one = export_for(Model.from_module(module, Tokenizer(words)), "onnxruntime", "cpu")
+    assert with_none.path != with_one.path
+    assert (with_one.path / "tokenizer.json").is_file()
+    assert not (with_none.path / "tokenizer.json").exists()

@@ -1,7 +1,9 @@
 """From whatever a user calls a model to an open engine."""
 
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -175,6 +177,7 @@ def _export_into_cache(
         "target": worker.target,
         "fingerprint": fingerprint,
         "facts": asdict(model.facts),
+        "tokenizer": _digest(model.tokenizer),  # the folder has it too
         "lmopt": __version__,
         "versions": worker.versions(),
         **({"options": dict(options)} if options else {}),
@@ -184,6 +187,18 @@ def _export_into_cache(
         worker.write(model, staging, fingerprint=fingerprint, progress=progress)
 
     return cached(key, build)
+
+
+def _digest(tokenizer: Tokenizer | None) -> str | None:
+    """SHA-256 of all that a tokenizer is saved as."""
+    if tokenizer is None:
+        return None
+    found = hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix="lmopt-") as folder:
+        tokenizer.save(folder)
+        for file in sorted(one for one in Path(folder).rglob("*") if one.is_file()):
+            found.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def _tokenizer(artifact: Artifact) -> Tokenizer | None:

@@ -98,8 +98,6 @@ def create_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.spinning)))
-    # Kernels lay their weights out anew side by side: twice as fast on two cores, and the same layouts.
-    options.add_session_config_entry("session.prepack.enable_parallel", "1")
     if data_folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(data_folder)
