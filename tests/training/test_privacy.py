@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from torch.nn import functional
 
 import lmopt
+from lmopt.compression import Magnitude, Quantize
+from lmopt.compressor import LossWarning
 from lmopt.errors import InputError, TokenizerError, TrainingError, UnsupportedOptionError
 from lmopt.evaluation.exposure import Exposure, exposure
 from lmopt.testing.models import tiny_llama, tiny_lstm
@@ -64,6 +67,19 @@ def test_a_canary_is_found_without_and_hidden_with_differential_privacy() -> Non
     assert all(map(torch.equal, model.module.parameters(), before)), "the given model was trained"
     for weight, old in zip(private.model.module.parameters(), before, strict=True):
         assert not torch.equal(weight, old)
+
+
+def test_compression_does_not_hide_a_canary() -> None:
+    torch.set_num_threads(1)
+    model = train_plainly(lmopt.Model.from_module(tiny_llama()))
+    before = exposed(model)
+    assert before.bits >= 8, before
+    steps = (Quantize(bits=4, group_size=32, embedding=4, head=4), Magnitude(sparsity=0.5))
+    for step in steps:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LossWarning)  # the price of it: said, and not what is judged here
+            small = lmopt.Compressor([step]).compress(model)
+        assert exposed(small).bits >= 8, step
 
 
 def test_transformers_models_and_chosen_weights() -> None:

@@ -108,7 +108,7 @@ def test_a_build_that_was_cut_off_goes_on(
 
     with pytest.raises(CutOffError):
         build_teacher_cache(teacher, corpus, folder, block_size=LENGTH, top_k=4, batch_rows=1, progress=stop)
-    assert sorted(one.name for one in folder.glob("answers*")) == ["answers-00000.safetensors"]
+    assert sorted(one.name for one in folder.glob("answers*.safetensors")) == ["answers-00000.safetensors"]
     with pytest.raises(ArtifactNotFoundError, match=r"lacks answers-00001.safetensors \(2 of 3 shards\)"):
         TeacherCache(folder)
     first = (folder / "answers-00000.safetensors").stat().st_mtime_ns
@@ -149,6 +149,23 @@ def test_a_student_that_reads_something_else_is_told(
     for wrong in ({"temperature": 2.0, "beta": 0.0}, {"temperature": 1.0, "beta": 0.5}):
         with pytest.raises(UnsupportedOptionError, match="forward KL"):
             cache.divergence(batch, student_logits(batch), **wrong)
+
+
+def test_a_shard_that_was_changed_is_not_believed(
+    corpus: Corpus, teacher: LiveTeacher, tmp_path: Path
+) -> None:
+    folder = tmp_path / "c"
+    build_teacher_cache(teacher, corpus, folder, block_size=LENGTH, top_k=4)
+    shard = folder / "answers-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1  # the last byte of an array: the file still parses
+    shard.write_bytes(content)
+    (batch, _) = batches(corpus)
+    with pytest.raises(CorruptArtifactError, match="not the file that was written"):
+        TeacherCache(folder).divergence(batch, student_logits(batch), temperature=1, beta=0)
+    shard.unlink()
+    again = build_teacher_cache(teacher, corpus, folder, block_size=LENGTH, top_k=4)
+    assert again.divergence(batch, student_logits(batch), temperature=1, beta=0).isfinite().all()
 
 
 def test_damage_and_absence_are_told(tmp_path: Path, corpus: Corpus, teacher: LiveTeacher) -> None:

@@ -13,7 +13,8 @@ from lmopt.scaling.inputs import Shard
 from lmopt.scaling.rows import ShardResult
 
 MOST_DEATHS: Final = 3
-"""Times that a shard, or the opening of the model, may end its worker before the job stops."""
+"""Times that a shard, or the opening of the model with no success between, may end its worker before the job stops."""
+_OPENING: Final = -1  # stands for a shard's number in the count of deaths
 
 
 @dataclass(eq=False)
@@ -102,6 +103,8 @@ class _Pool:
                 seat.rows = said["rows"]
                 self._progress(sum(one.rows for one in self._seats))
                 continue
+            if said["kind"] == "ready":
+                self._deaths.pop(_OPENING, None)
             # The next shard first: the worker goes on while this one is written.
             self._give(seat)
             self._progress(sum(one.rows for one in self._seats))
@@ -125,7 +128,7 @@ class _Pool:
     def _bury(self, seat: _Seat) -> None:
         """Take a dead worker's shard back and start another worker."""
         how, shard = self._dismiss(seat, grace_s=5.0), seat.shard
-        key = -1 if shard is None else shard.number
+        key = _OPENING if shard is None else shard.number
         self._deaths[key] += 1
         if self._deaths[key] >= MOST_DEATHS:
             what = (

@@ -115,13 +115,20 @@ def _connect(ray: Any, address: str | None, *, cpus: int) -> bool:
     if ray.is_initialized():
         return False
     quiet = {"configure_logging": True, "logging_level": logging.ERROR, "log_to_driver": False}
-    try:
-        if address is not None:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address=_LOOPBACK, **quiet
-            )
-    except Exception as error:  # Ray raises plain ones as well
-        raise DeviceError(f"Ray cannot be reached or started ({address or 'local'}): {error}") from error
+    where: dict[str, Any] = {"address": address}
+    if address is None:
+        where = {
+            "address": "local", "num_cpus": cpus, "include_dashboard": False, "_node_ip_address": _LOOPBACK,
+        }  # fmt: skip
+    # Ray waits 30 s, no more, for its own processes, which a busy machine may exceed: a second chance.
+    for last in (address is not None, True):
+        try:
+            ray.init(**where, **quiet)
+            break
+        except Exception as error:  # Ray raises plain ones as well
+            ray.shutdown()
+            if last:
+                raise DeviceError(
+                    f"Ray cannot be reached or started ({address or 'local'}): {error}"
+                ) from error
     return True

@@ -2,7 +2,8 @@
 
 A student that only reads its teacher's texts never learns to go on from its own mistakes. Here a share of the batches
 keeps the beginnings of its rows, the student writes on from them by the one generation loop, and both models then read
-what it wrote. Nothing flows back through the sampling.
+what it wrote, as long as the corpus's rows: behind an end of text it begins another, as packed rows do. Nothing flows
+back through the sampling.
 """
 
 from collections.abc import Mapping

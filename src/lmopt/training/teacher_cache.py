@@ -8,9 +8,11 @@ A folder holds `teacher.json`, which says of which teacher and which corpus it i
 - `logits` `(blocks, length, k)` float32: their logits over the temperature,
 - `logsumexp` `(blocks, length)` float32: that of all logits over the temperature.
 
-A shard appears whole or not at all; a build that was cut off goes on behind the last one.
+Beside each stands `answers-00000.sha256` with its hash, which is compared when the shard is first read. A shard appears
+whole or not at all; a build that was cut off goes on behind the last one.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ from lmopt.training.teachers import learnt_rows
 STATED: Final = "teacher.json"
 """File that says what the folder holds."""
 SHARD_BLOCKS: Final = 64
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class TeacherCache:
         Raises:
             UnsupportedOptionError: Another temperature than the cache's, or a `beta` other than 0, which needs all
                 logits.
-            CorruptArtifactError: The student reads something else than the teacher did.
+            CorruptArtifactError: The student reads something else than the teacher did, or a shard was changed.
         """
         if temperature != self.facts.temperature or beta != 0:
             raise UnsupportedOptionError(
@@ -130,7 +132,13 @@ class TeacherCache:
     def _block(self, number: int) -> dict[str, np.ndarray[Any, Any]]:
         place, row = divmod(number, SHARD_BLOCKS)
         if place not in self._open:
-            self._open[place] = safe_open(str(shard_path(self.folder, place)), framework="np")
+            path = shard_path(self.folder, place)
+            if not hash_path(path).is_file() or hash_path(path).read_text(encoding="ascii") != hash_of(path):
+                raise CorruptArtifactError(
+                    f"{path} is not the file that was written: {hash_path(path).name} has another hash. Build it "
+                    f"again: rm {path}, then build_teacher_cache with the same teacher, corpus and folder"
+                )
+            self._open[place] = safe_open(str(path), framework="np")
         shard = self._open[place]
         return {name: shard.get_slice(name)[row] for name in ("input_ids", "ids", "logits", "logsumexp")}
 
@@ -155,6 +163,17 @@ def shard_count(facts: CacheFacts) -> int:
 def shard_path(folder: Path, place: int) -> Path:
     """Path of a shard."""
     return folder / f"answers-{place:05}.safetensors"
+
+
+def hash_path(shard: Path) -> Path:
+    """Path of the file that holds a shard's hash."""
+    return shard.with_suffix(".sha256")
+
+
+def hash_of(shard: Path) -> str:
+    """SHA-256 of a shard, in hexadecimal digits."""
+    with shard.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_facts(folder: Path) -> CacheFacts:

@@ -16,7 +16,16 @@ from lmopt.artifact.durable import sync
 from lmopt.errors import ArtifactExistsError, UnsupportedOptionError
 from lmopt.training import teacher_cache
 from lmopt.training.data import Corpus
-from lmopt.training.teacher_cache import STATED, CacheFacts, TeacherCache, read_facts, shard_count, shard_path
+from lmopt.training.teacher_cache import (
+    STATED,
+    CacheFacts,
+    TeacherCache,
+    hash_of,
+    hash_path,
+    read_facts,
+    shard_count,
+    shard_path,
+)
 from lmopt.training.teachers import LiveTeacher
 from lmopt.types import IntArray
 
@@ -95,6 +104,9 @@ def _fill(
                 )
         staged = target.with_suffix(".part")
         save_file({name: torch.cat([one[name] for one in parts]) for name in parts[0]}, staged)
+        # The hash first: a shard that is there has one, whatever cut the build off.
+        hash_path(target).write_text(hash_of(staged), encoding="ascii")
+        sync(hash_path(target))
         sync(staged)
         staged.rename(target)
         sync(folder)

@@ -33,7 +33,7 @@ from lmopt.platform import usable_cpus
 from lmopt.types import AnyArray, FloatArray, IntArray
 
 _PROBE_TOKENS: Final = 8
-_TOLERANCE: Final = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
+_TOLERANCE: Final = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
 """Most difference of the probe's logits, relative to the largest of them: a wrong plan exceeds it by far."""
 
 
