@@ -123,7 +123,10 @@ def test_scores_are_the_log_probabilities_of_each_token_but_the_first(runtime: R
     for one, row in zip(found, [*ROWS, ROW], strict=True):
         table = log_probabilities(author(model, row))
         assert near(one, table[np.arange(len(row) - 1), row[1:]])
-    assert np.array_equal(runtime.score(TEXT), found[-1])
+    # A text is its ids; beside others torch's products may round otherwise (they do on CPUs with AMX).
+    alone = runtime.score(TEXT)
+    assert np.array_equal(alone, runtime.score(ROW))
+    assert near(alone, found[-1])
 
 
 def test_perplexity_is_that_of_windows_read_alone(runtime: Runtime, model: Model) -> None:

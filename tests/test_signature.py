@@ -180,11 +180,11 @@ def test_rows_that_forgot_read_on_as_if_they_had_never_known(
     _, state = read(CACHED.begin(len(rows), side), rows)
     for _ in range(2):
         keep = np.array([data.draw(st.integers(0, len(row))) for row in rows])
-        kept, mask, slots = CACHED.forget(state, keep)
-        tensors = {name: tensor[:, :, :slots] for name, tensor in state.tensors.items()}
-        state = ArrayState(tensors, mask, kept, state.padding_side)
-        assert state.lengths.tolist() == keep.tolist() == mask.sum(axis=1).tolist()
-        assert mask.shape[1] == slots == 0 or mask[:, -1].any()
+        state = CACHED.rewind(state, keep)
+        assert state.lengths.tolist() == keep.tolist() == state.mask.sum(axis=1).tolist()
+        slots = state.mask.shape[1]
+        assert slots == 0 or state.mask[:, -1].any()
+        assert state.tensors["past_key_values.0.key"].shape == (len(rows), 1, slots, 2)
         rows = [row[:length] for row, length in zip(rows, keep, strict=True)]
         more = [data.draw(tokens(1, 3)) for _ in rows]
         given_logits, state = read(state, more)

@@ -173,6 +173,38 @@ class SupportsRewind(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsBest(Protocol):
+    """An engine that finds a row's largest logits by itself and hands out only those.
+
+    The likeliest token is one logit of a vocabulary, and `top_k` sampling needs `k` of them: a device need not
+    bring the rest to the host. Everything that needs more calls `forward`.
+    """
+
+    @property
+    def most_best(self) -> int:
+        """Most logits of a row that it can be asked for; 0 where the loaded model gives none."""
+        ...
+
+    def forward_best(
+        self, input_ids: IntArray, state: State, count: int
+    ) -> tuple[Sequence[FloatArray], Sequence[IntArray | None], State]:
+        """Read one new token a row and return the largest logits after it.
+
+        Args:
+            input_ids: `(batch, 1)` int64.
+            state: Consumed.
+            count: How many are wanted of each row, `1 .. most_best`.
+
+        Returns:
+            For each row, logits as `forward` gives them, float32, and their ids, ascending: at least all that are
+            not below the `count`-th largest. Those left out are below it by more than a division of all by one
+            number could round away (2**-22 of it). Where less than the whole line would not do, because of
+            ties or NaN, it is the whole line, and its ids are `None`. And the state that follows.
+        """
+        ...
+
+
 class ArtifactView(Protocol):
     """The part of `lmopt.artifact.Artifact` that an engine needs."""
 

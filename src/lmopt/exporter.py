@@ -128,8 +128,8 @@ class Exporter:
             self._write(model, staging, fingerprint or model.fingerprint(), tell)
 
     def _write(self, model: Model, staging: Staging, fingerprint: str, tell: Progress) -> None:
-        for spec in self._specs:
-            check_dtype(model, spec)
+        for place, spec in enumerate(self._specs):
+            check_dtype(model, spec, spec.targets[0] if place else self.target)
         staging.manifest["model"] = asdict(model.facts)
         staging.manifest["source"] = {"name": model.source, "fingerprint": fingerprint}
         staging.manifest["versions"] = self.versions()

@@ -42,8 +42,22 @@ def model_dtype(model: Model) -> str:
     return str(backends.load("torch", target="lmopt.backends.torch.language_model:dtype_name")(model.module))
 
 
-def check_dtype(model: Model, spec: ExporterSpec) -> None:
+def widens(model: Model, spec: ExporterSpec, target: str) -> bool:
+    """Say whether the gate compares model and export in float32, as the verifying engine lacks the model's type.
+
+    Their weights are then the same and their rounding is not looked at: that is the engine's that will run the
+    export. It is no way for the verifying engine's own dialect, which nobody else would run.
+    """
+    return model_dtype(model) in spec.verify_widened and target != spec.verify_with
+
+
+def check_dtype(model: Model, spec: ExporterSpec, target: str) -> None:
     """Refuse what the verifying engine cannot compute before an hour is spent on it.
+
+    Args:
+        model: The original.
+        spec: Exporter.
+        target: Dialect that is to be written.
 
     Raises:
         UnsupportedError: The engine does not compute in the model's dtype.
@@ -51,7 +65,7 @@ def check_dtype(model: Model, spec: ExporterSpec) -> None:
     if not spec.verify_with:
         return
     dtype, can = model_dtype(model), backends.spec(spec.verify_with).can.dtypes
-    if dtype not in can:
+    if dtype not in can and not widens(model, spec, target):
         raise UnsupportedError(
             f"the model is in {dtype}; {spec.verify_with} computes in {', '.join(can)}. Load it in one of "
             f"these: lmopt.Model.from_pretrained({model.source!r}, dtype={can[0]!r})"
@@ -88,12 +102,17 @@ def verify(
         return None
     # A program that this very process has just written is trusted.
     trusted = "trust" in backends.spec(spec.verify_with).can.features
+    written = manifest["formats"][spec.format]
+    wide = widens(model, spec, written.get("target", ""))
+    module = model.module
+    if wide:
+        module = backends.load("torch", target="lmopt.backends.torch.casting:in_float32")(module)
     request = EngineRequest(
         facts=model.facts,
         artifact=_StagedView(folder, manifest),
-        options={"trust": True} if trusted else {},
+        options={"trust": True} if trusted else {"widen": True} if wide else {},
     )
-    reference = backends.load("torch", target="lmopt.backends.torch.reference:FullForward")(model.module)
+    reference = backends.load("torch", target="lmopt.backends.torch.reference:FullForward")(module)
     prompts = gate_rows(model)
 
     def tell(done: int, total: int) -> None:
@@ -106,7 +125,8 @@ def verify(
     examination = Examination(
         reference,
         facts=model.facts,
-        dtype=_limits(model, manifest["formats"][spec.format]),
+        # Also where both sides compute in float32: the graph has constants, such as a square root, in bfloat16.
+        dtype=_limits(model_dtype(model), written),
         prompts=prompts,
         tolerance=tolerance,
         rounding=reference.rounding,
@@ -122,7 +142,7 @@ def verify(
         require(report, what=f"the {spec.name} export of {model.source} (nothing was published)")
     except ParityError as error:
         with contextlib.closing(open_engine(request)) as candidate:
-            place = _where(model, candidate, prompts)
+            place = _where(model, module, candidate, prompts)
         raise ParityError(f"{error}\n{place}", error.report) from None
     return report
 
@@ -134,21 +154,23 @@ def gate_rows(model: Model) -> list[list[int]] | None:
     return [ids for text in GATE_TEXTS if (ids := model.tokenizer.encode(text))]
 
 
-def _limits(model: Model, written: Mapping[str, Any]) -> str:
+def _limits(dtype: str, written: Mapping[str, Any]) -> str:
     """Name the row of the tolerance table that a written format must keep."""
     # The user has asked by name, of the exporter or in the recipe, for activations rounded to 8 bits.
-    rounds = written.get("accuracy_level") == 4 or "activations" in written
+    if written.get("products") == "fp8":
+        return "fp8-products"
+    rounds = written.get("accuracy_level") == 4 or "activations" in written or "products" in written
     if rounds:
         return "int8-activations"
-    return "int8-cache" if written.get("kv_cache_dtype") == "int8" else model_dtype(model)
+    return "int8-cache" if written.get("kv_cache_dtype") == "int8" else dtype
 
 
-def _where(model: Model, candidate: Engine, prompts: list[list[int]] | None) -> str:
+def _where(model: Model, module: Any, candidate: Engine, prompts: list[list[int]] | None) -> str:
     """Say which operator differs first, if that can be found."""
     vocab_size = model.facts.vocab_size
     ids: IntArray = np.arange(3, 27) % vocab_size if prompts is None else np.array(prompts[0][:24])
     try:
-        engine = backends.load("torch")(EngineRequest(facts=model.facts, module=model.module))
+        engine = backends.load("torch")(EngineRequest(facts=model.facts, module=module))
         return str(locate(engine, candidate, ids, dtype=model_dtype(model)))
     except LmoptError as error:
         return f"The place could not be found: {error}"

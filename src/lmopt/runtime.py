@@ -18,11 +18,14 @@ from lmopt.errors import (
 )
 from lmopt.evaluation import Perplexity, perplexity
 from lmopt.generation import Generation, GenerationConfig, Token, generate, score, stream
+from lmopt.generation.batching import Arrivals, steps
 from lmopt.generation.cohorts import for_unequal_rows
 from lmopt.generation.guarded import GuardedEngine
-from lmopt.generation.interruption import Cancel, Cancels
+from lmopt.generation.interruption import Cancels, Interruption
 from lmopt.generation.prefixes import PrefixReport, PrefixStore
 from lmopt.generation.prompts import Prompt, as_prompts, check_ids
+from lmopt.generation.rows import Cancel, Row, prepare
+from lmopt.generation.streamers import Streamer, told
 from lmopt.generation.workspace import Limits, Workspace
 from lmopt.model import Model
 from lmopt.opening import open_source
@@ -57,8 +60,9 @@ class Runtime:
     """A model, loaded in an engine and ready to predict.
 
     Methods may be called from several threads at once, each with its own rows: requests of different
-    threads do not share a batch. Use it as a context manager, or call `close`, to release the engine's
-    memory; what is running in other threads then ends with `ClosedError`.
+    threads do not share a batch, unless they are handed to one `run`, as `lmopt.serving` does. Use it
+    as a context manager, or call `close`, to release the engine's memory; what is running in other
+    threads then ends with `ClosedError`.
 
     Args:
         source: A folder, file or hub id that `Model.from_pretrained` takes, an artefact (folder or
@@ -151,6 +155,11 @@ class Runtime:
         """
         return self._engine.inner
 
+    @property
+    def generation_defaults(self) -> Mapping[str, Any]:
+        """What the model's `generation_config.json` says; empty where there is none."""
+        return dict(self._defaults or {})
+
     @overload
     def generate(self, prompt: str, config: GenerationConfig | None = None, **options: Any) -> Generation: ...
     @overload
@@ -165,6 +174,7 @@ class Runtime:
         *,
         cancel: Cancels = None,
         on_token: Callable[[Token], object] | None = None,
+        streamer: Streamer | None = None,
         **options: Any,
     ) -> Any:
         """Continue one prompt, or many in one batch.
@@ -180,6 +190,8 @@ class Runtime:
             cancel: Anything with `is_set()`, such as a `threading.Event`; looked at before each call of
                 the engine. A list has one (or `None`) a prompt.
             on_token: Called with each token as soon as it is chosen.
+            streamer: transformers' `TextStreamer`, `TextIteratorStreamer`, or what has their `put` and `end`:
+                is given the ids of the prompt, then each new token. For one prompt with one sequence.
             **options: Fields of `GenerationConfig`, by transformers' names; each wins over `config`.
 
         Returns:
@@ -202,15 +214,17 @@ class Runtime:
             settings = [self._config(one, options) for one in config]
             several = any(one.num_return_sequences > 1 for one in settings)
         prompts, many = as_prompts(prompt)
-        found = generate(
-            engine,
-            [self._ids(one) for one in prompts],
-            settings,
-            tokenizer=self.tokenizer,
-            cancel=cancel,
-            on_token=on_token,
-            workspace=self._workspace,
-        )
+        rows = [self._ids(one) for one in prompts]
+        with told(streamer, rows, settings, on_token) as tell:
+            found = generate(
+                engine,
+                rows,
+                settings,
+                tokenizer=self.tokenizer,
+                cancel=cancel,
+                on_token=tell,
+                workspace=self._workspace,
+            )
         results = found if several else [one[0] for one in found]
         return results if many else results[0]
 
@@ -244,6 +258,37 @@ class Runtime:
             cancel=cancel,
             workspace=self._workspace,
         )
+
+    def rows(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[Row]:
+        """Check prompts and make rows of them for `run`, `num_return_sequences` a prompt.
+
+        Args:
+            prompts: Token ids of each.
+            config: Options of all of them.
+
+        Raises:
+            InputError: A prompt is malformed, empty or too long.
+            UnsupportedOptionError: Beams are asked for, which have a batch of their own.
+        """
+        if config.num_beams > 1:
+            raise UnsupportedOptionError(f"num_beams={config.num_beams}: call generate for beam search.")
+        return prepare(self._engine.opened(), prompts, config, self.tokenizer)
+
+    def run(self, arrivals: Arrivals) -> Generator[list[Row]]:
+        """Run rows of many requests in one batch, which they enter and leave at any time.
+
+        The way of a server: one thread runs this, others hand it rows. See `lmopt.generation.batching.steps`.
+
+        Args:
+            arrivals: Asked before each call of the engine for rows that have come, from `rows`.
+
+        Yields:
+            The rows that have just been given a token.
+
+        Raises:
+            EngineError: The engine failed, and nothing that was inside can go on.
+        """
+        return steps(self._engine.opened(), [], self._workspace, Interruption(None, ()), arrivals)
 
     def chat(
         self, messages: Sequence[Message], config: GenerationConfig | None = None, **options: Any

@@ -272,6 +272,17 @@ class Signature:
             raise ShapeError(f"rows cannot keep {kept.tolist()} tokens: without a mask they must stay equal")
         return kept, mask[:, :slots], slots
 
+    def rewind(self, state: ArrayState, lengths: IntArray) -> ArrayState:
+        """Let each row of a state of NumPy arrays forget all but its first tokens; errors as for `forget`."""
+        kept, mask, slots = self.forget(state, lengths)
+        tensors = {
+            one.past.name: state.tensors[one.past.name][
+                (slice(None),) * (one.past_axis or 0) + (slice(slots),)
+            ]
+            for one in self.state
+        }
+        return ArrayState(tensors, mask, kept, state.padding_side)
+
     def pads(self, states: Sequence[ArrayState]) -> list[int]:
         """Say how many slots each state's past lacks to share a batch with the longest.
 

@@ -136,6 +136,8 @@ class ExporterSpec:
         format: Artefact format that it writes, which `Capabilities.formats` of a backend names.
         targets: Dialects it knows; the first is the default.
         verify_with: Backend whose engine the parity gate runs the result on.
+        verify_widened: Types that this engine lacks and computes in float32 where it is told to, by its option
+            `widen=True`: the gate then compares in float32.
         requires: Modules that must be there.
         api: `API_VERSION` that the plug-in was written for.
         description: One line for people.
@@ -146,6 +148,7 @@ class ExporterSpec:
     format: str
     targets: tuple[str, ...] = ("portable",)
     verify_with: str = ""
+    verify_widened: tuple[str, ...] = ()
     requires: tuple[Requirement, ...] = ()
     api: int = API_VERSION
     description: str = ""

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmopt.errors import ArtifactError, ArtifactNotFoundError, CorruptArtifactError, UnsafeArtifactError
-from lmopt.safefiles import check_onnx_external_data
+from lmopt.safefiles import check_onnx_external_data, onnx_boundary
+from lmopt.types import TensorSpec
 
 # A tiny protobuf writer: hostile files must not depend on what `onnx` agrees to write. -----------
 
@@ -219,6 +220,52 @@ def test_damage_is_typed_and_never_leaves_the_folder(folder: Path, place: str, d
     for item in found:
         assert item.path.resolve().is_relative_to(folder)
         assert item.offset + item.length <= item.path.stat().st_size
+
+
+def value(name: str, dtype: int, *axes: int | str) -> bytes:
+    sizes = (field(2, one.encode()) if isinstance(one, str) else field(1, one) for one in axes)
+    shape = b"".join(field(1, one) for one in sizes)
+    return field(1, name.encode()) + field(2, field(1, field(1, dtype) + field(2, shape)))
+
+
+BOUNDARY = field(INITIALIZER, tensor("keep", {})) + b"".join(
+    field(number, one)
+    for number, one in (
+        (11, value("ids", 7, "batch", "sequence")),
+        (11, value("keep", 7, 1)),
+        (11, value("past", 16, "batch", 2, "past", 8)),
+        (12, value("logits", 1, "batch", "sequence", 97)),
+    )
+)
+
+
+def test_the_boundary_keeps_the_names_of_axes(folder: Path) -> None:
+    inputs, outputs = onnx_boundary(write(folder, model(BOUNDARY)))
+    assert inputs == (
+        TensorSpec("ids", "int64", ("batch", "sequence")),
+        TensorSpec("past", "bfloat16", ("batch", 2, "past", 8)),
+    )
+    assert outputs == (TensorSpec("logits", "float32", ("batch", "sequence", 97)),)
+
+
+def test_a_cut_boundary_is_typed(folder: Path) -> None:
+    raw = model(BOUNDARY)
+    for length in range(3, len(raw)):
+        with pytest.raises(CorruptArtifactError):
+            onnx_boundary(write(folder, raw[:length]))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_boundary_is_typed(folder: Path, data: st.DataObject) -> None:
+    raw = bytearray(model(BOUNDARY))
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        inputs, outputs = onnx_boundary(write(folder, bytes(raw)))
+    except CorruptArtifactError:
+        return
+    assert all(isinstance(one, TensorSpec) for one in (*inputs, *outputs))
 
 
 # Against the `onnx` library ----------------------------------------------------------------------

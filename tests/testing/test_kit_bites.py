@@ -214,6 +214,40 @@ def last_only_is_ignored(fake: ModuleType) -> Methods:
     return {"give": lambda self, step, logits, last: step.align(logits, last_only=False)}
 
 
+@breaks("best_logits_are_those_of_forward")
+def best_leaves_out_the_last(fake: ModuleType) -> Methods:
+    return {"best": lambda self, line, count: np.sort(line.argsort()[-max(1, count - 1) :])}
+
+
+@breaks("best_logits_are_those_of_forward")
+def best_are_the_smallest(fake: ModuleType) -> Methods:
+    return {"best": lambda self, line, count: np.sort(line.argsort()[:count])}
+
+
+@breaks("best_logits_are_those_of_forward")
+def best_come_by_rank(fake: ModuleType) -> Methods:
+    return {"best": lambda self, line, count: line.argsort()[::-1][:count]}
+
+
+@breaks("best_logits_are_those_of_forward")
+def best_forgets_what_it_read(fake: ModuleType) -> Methods:
+    def forward_best(self, input_ids, state, count):
+        before = fake.FakeEngine.copy(self, state)
+        logits, ids, _ = fake.FakeEngine.forward_best(self, input_ids, state, count)
+        return logits, ids, before
+
+    return {"forward_best": forward_best}
+
+
+@breaks("best_logits_are_those_of_forward")
+def best_takes_any_number(fake: ModuleType) -> Methods:
+    return {
+        "forward_best": lambda self, ids, state, count: fake.FakeEngine.forward_best(
+            self, ids, state, min(max(count, 1), self.most_best)
+        )
+    }
+
+
 # States -----------------------------------------------------------------------------------------
 
 

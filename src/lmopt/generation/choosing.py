@@ -1,14 +1,42 @@
 """From the logits of several rows to the next token of each."""
 
+from collections.abc import Sequence
+from typing import Final
+
 import numpy as np
 
+from lmopt.contracts import Engine, SupportsBest
 from lmopt.errors import LmoptError
 from lmopt.generation.rows import Row
 from lmopt.generation.sampling import check_best, draw, narrow
-from lmopt.types import FloatArray
+from lmopt.types import FloatArray, IntArray
+
+# Scores that are divided by one of these keep well clear of 0 and infinity.
+_TEMPERATURES: Final = (0.01, 100.0)
 
 
-def give(rows: list[Row], logits: FloatArray) -> list[Row]:
+def most_best(engine: Engine) -> int:
+    """Most logits of a row that an engine can be asked for alone; 0 where it gives whole lines only."""
+    return engine.most_best if isinstance(engine, SupportsBest) else 0
+
+
+def best_needed(rows: Sequence[Row]) -> int:
+    """How many of the largest logits settle the next token of each row; 0 where only whole lines do."""
+    most = 1
+    for row in rows:
+        config = row.config
+        if row.processors or row.lookup or config.wants_logprobs:
+            return 0
+        if config.do_sample:
+            if config.top_k < 1 or not _TEMPERATURES[0] <= config.temperature <= _TEMPERATURES[1]:
+                return 0
+            most = max(most, config.top_k)
+    return most
+
+
+def give(
+    rows: list[Row], logits: Sequence[FloatArray] | FloatArray, ids: Sequence[IntArray | None] | None = None
+) -> list[Row]:
     """Choose the next token of each row and add it.
 
     A row for which that is impossible (NaN, no token left to choose) ends with its error; the others do
@@ -16,13 +44,16 @@ def give(rows: list[Row], logits: FloatArray) -> list[Row]:
 
     Args:
         rows: Unfinished rows.
-        logits: `(rows, vocab_size)` raw logits.
+        logits: `(rows, vocab_size)` raw logits, or with `ids` a line a row.
+        ids: What `SupportsBest.forward_best` says whose logits they are, for rows of which `best_needed` says that
+            they settle the token.
 
     Returns:
         The rows that were given a token.
     """
-    plain = not any(row.processors or row.config.do_sample for row in rows)
-    if plain:
+    tokens: list[int] = []
+    plain = isinstance(logits, np.ndarray) and not any(row.processors or row.config.do_sample for row in rows)
+    if isinstance(logits, np.ndarray) and plain:
         tokens = logits.argmax(axis=-1).tolist()
         # NaN and minus infinity, which `argmax` would return first or last, are not above.
         if not (logits[np.arange(len(rows)), tokens] > -np.inf).all():
@@ -30,7 +61,11 @@ def give(rows: list[Row], logits: FloatArray) -> list[Row]:
     given = []
     for number, row in enumerate(rows):
         try:
-            token = tokens[number] if plain else _choose(logits[number], row)
+            token = (
+                tokens[number]
+                if plain
+                else _choose(logits[number], row, None if ids is None else ids[number])
+            )
         except LmoptError as error:
             row.fail(error)
             continue
@@ -41,7 +76,7 @@ def give(rows: list[Row], logits: FloatArray) -> list[Row]:
     return given
 
 
-def _choose(logits: FloatArray, row: Row) -> int:
+def _choose(logits: FloatArray, row: Row, ids: IntArray | None) -> int:
     # A row is processed alone: its arithmetic, rounding included, is then the same in any batch.
     check_best(float(logits.max()))
     scores = logits
@@ -50,4 +85,7 @@ def _choose(logits: FloatArray, row: Row) -> int:
         for processor in row.processors:
             processor(scores, row.history)
         check_best(float(scores.max()))
-    return draw(narrow(scores, row.config), row.uniform()) if row.config.do_sample else int(scores.argmax())
+    if row.config.do_sample:
+        return draw(narrow(scores, row.config, ids), row.uniform())
+    best = int(scores.argmax())
+    return best if ids is None else int(ids[best])

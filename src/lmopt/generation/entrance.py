@@ -1,7 +1,7 @@
 """How rows enter the batch: who may, and how their prompts are read."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -48,24 +48,31 @@ class Entrance:
 
     Args:
         engine: An engine for unequal rows, or a `CohortEngine`.
-        rows: The rows of the request, those of one prompt next to each other.
         workspace: Limits and kept prefixes.
         equal: Whether rows that are read together must be of equal length.
     """
 
-    def __init__(self, engine: Engine, rows: Sequence[Row], workspace: Workspace, *, equal: bool) -> None:
+    def __init__(self, engine: Engine, workspace: Workspace, *, equal: bool) -> None:
         self._engine = engine
         self._limits = workspace.limits
         self._prefixes = workspace.prefixes
         self._reuses = workspace.prefixes.serves(engine)
         self._slack = 0 if equal else _CALL_IN_TOKENS
-        self._waiting = deque(_prompts(rows, self._limits.max_num_seqs))
+        self._waiting: deque[_Reading] = deque()
         self._reading: list[_Reading] = []
         self._longest = 0
 
     def __bool__(self) -> bool:
         """Whether anybody waits or is being read."""
         return bool(self._waiting or self._reading)
+
+    def rows(self) -> Iterator[Row]:
+        """Give the rows that wait or are being read."""
+        return (row for one in (*self._reading, *self._waiting) for row in one.rows)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Let the rows of a request wait, those of one prompt next to each other."""
+        self._waiting.extend(_prompts(rows, self._limits.max_num_seqs))
 
     def drop_finished(self) -> None:
         """Forget rows that were ended from outside, and let go of what was read for them."""

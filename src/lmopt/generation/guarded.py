@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
-from lmopt.contracts import Engine, EngineReport, PaddingSide, State
+from lmopt.contracts import Engine, EngineReport, PaddingSide, State, SupportsBest
 from lmopt.errors import ClosedError
+from lmopt.generation.choosing import most_best
 from lmopt.generation.prefixes import rewinds
 from lmopt.types import FloatArray, IntArray, ModelFacts
 
@@ -74,6 +75,19 @@ class GuardedEngine:
         """Read new tokens."""
         with self._open() as engine:
             return engine.forward(input_ids, lengths, state, last_only=last_only)
+
+    @property
+    def most_best(self) -> int:
+        """Most logits of a row that can be asked for alone."""
+        return most_best(self._engine)
+
+    def forward_best(
+        self, input_ids: IntArray, state: State, count: int
+    ) -> tuple[Sequence[FloatArray], Sequence[IntArray | None], State]:
+        """Read one new token a row; for engines whose `most_best` is not 0."""
+        with self._open() as engine:
+            assert isinstance(engine, SupportsBest)
+            return engine.forward_best(input_ids, state, count)
 
     def select(self, state: State, rows: IntArray) -> State:
         """Keep, drop, reorder or repeat rows."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from lmopt.contracts import Engine
 from lmopt.errors import EmptyPromptError, LmoptError, TokenizerError, UnsupportedOptionError
@@ -16,6 +17,14 @@ from lmopt.generation.results import FinishReason, Generation, Token
 from lmopt.generation.sampling import largest, log_normalizer
 from lmopt.generation.stopping import Detokenizer, StopStrings
 from lmopt.types import FloatArray, IntArray
+
+
+class Cancel(Protocol):
+    """Says whether to stop; a `threading.Event` does."""
+
+    def is_set(self) -> bool:
+        """Whether the work is to end."""
+        ...
 
 
 @dataclass(slots=True)
@@ -33,6 +42,7 @@ class Row:
         seed: Seed of its random numbers, `None` where nothing is drawn.
         lookup: Drafts from what it has seen, `None` where they are not asked for.
         deadline: When it must end, on the clock of `time.monotonic`.
+        cancel: Ends it from outside, `None` where nothing of its own does.
         logprobs: As in `Generation`.
         top_logprobs: As in `Generation`.
         finish_reason: `None` while it grows.
@@ -49,6 +59,7 @@ class Row:
     seed: int | None = None
     lookup: Lookup | None = None
     deadline: float | None = None
+    cancel: Cancel | None = None
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: FinishReason | None = None

@@ -1,12 +1,12 @@
 """The rows that are being decoded, and one step of theirs."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from lmopt.contracts import Engine, State
-from lmopt.generation.choosing import give
+from lmopt.contracts import Engine, State, SupportsBest
+from lmopt.generation.choosing import best_needed, give, most_best
 from lmopt.generation.lookup import Drafting
 from lmopt.generation.prefixes import rewinds
 from lmopt.generation.rows import Row
@@ -20,21 +20,23 @@ class Running:
     Args:
         engine: Engine for unequal rows.
         workspace: Costs and kept prefixes.
-        lookup: Whether any row of the request asks for prompt lookup.
         keeps: Whether the state of a row that ends goes to the kept prefixes.
     """
 
-    def __init__(self, engine: Engine, workspace: Workspace, *, lookup: bool, keeps: bool) -> None:
+    def __init__(self, engine: Engine, workspace: Workspace, *, keeps: bool) -> None:
         self.rows: list[Row] = []
         self._engine = engine
         self._workspace = workspace
         self._parts: list[tuple[int, State]] = []  # how many of the rows, and their state
-        self._drafting = Drafting(workspace.costs) if lookup and rewinds(engine) else None
+        self._drafting: Drafting | None = None  # from the first row on that asks for prompt lookup
+        self._most_best = most_best(engine)
         self._keeps = keeps
         self._ones = np.ones(0, np.int64)
 
     def add(self, rows: list[Row], state: State) -> None:
         """Let rows enter that have just been given their first token."""
+        if self._drafting is None and rewinds(self._engine) and any(row.lookup for row in rows):
+            self._drafting = Drafting(self._workspace.costs)
         self.rows = self.rows + rows
         self._parts.append((len(rows), state))
 
@@ -65,6 +67,10 @@ class Running:
         drafts = None if self._drafting is None else self._drafting.propose(rows)
         newest = [row.history.newest for row in rows]
         began = time.perf_counter()
+        wanted = best_needed(rows) if self._most_best else 0
+        if 0 < wanted <= self._most_best:
+            yield give(rows, *self._best(np.array(newest)[:, None], wanted))
+            return
         if drafts is None:
             if self._ones.size != len(rows):
                 self._ones = np.ones(len(rows), np.int64)
@@ -105,14 +111,22 @@ class Running:
             self._parts = [(count, self._engine.rewind(state, known))]  # type: ignore[attr-defined]
 
     def _forward(self, input_ids: IntArray, lengths: IntArray, *, last_only: bool = False) -> FloatArray:
-        state = self._parts[0][1]
-        if len(self._parts) > 1:
-            state = self._engine.join([one for _, one in self._parts])
-        # Consumed: if the call fails, nothing of it may be used again.
-        self._parts = []
-        logits, state = self._engine.forward(input_ids, lengths, state, last_only=last_only)
+        logits, state = self._engine.forward(input_ids, lengths, self._joined(), last_only=last_only)
         self._parts = [(len(self.rows), state)]
         return logits
+
+    def _best(
+        self, input_ids: IntArray, count: int
+    ) -> tuple[Sequence[FloatArray], Sequence[IntArray | None]]:
+        assert isinstance(self._engine, SupportsBest)
+        logits, ids, state = self._engine.forward_best(input_ids, self._joined(), count)
+        self._parts = [(len(self.rows), state)]
+        return logits, ids
+
+    def _joined(self) -> State:
+        """Give the state of all rows. It will be consumed: if the call fails, nothing of it may be used again."""
+        parts, self._parts = self._parts, []
+        return parts[0][1] if len(parts) == 1 else self._engine.join([one for _, one in parts])
 
     def _keep(self, row: Row, state: State) -> None:
         if row.finish_reason in ("stop", "stop_string", "length"):

@@ -75,11 +75,14 @@ def check_best(best: float) -> None:
         )
 
 
-def narrow(scores: FloatArray, config: GenerationConfig) -> Choice:
-    """Apply temperature, top-k, top-p, min-p and typical-p to the `(vocab_size,)` scores of a row."""
+def narrow(scores: FloatArray, config: GenerationConfig, ids: IntArray | None = None) -> Choice:
+    """Apply temperature, top-k, top-p, min-p and typical-p to the `(vocab_size,)` scores of a row.
+
+    With `ids`, which ascend, to the scores of these tokens: all that top-k could keep.
+    """
     if config.temperature != 1.0:
         scores = scores / np.float32(config.temperature)
-    choice = Choice(None, scores)
+    choice = Choice(ids, scores)
     if 0 < config.top_k < scores.size:
         choice = choice.keep(_not_below_kth(scores, config.top_k))
     if config.top_p < 1.0:

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from lmopt.contracts import Engine
 from lmopt.errors import ContextLengthError, EmptyPromptError
 from lmopt.generation.prompts import check_ids
+from lmopt.generation.sampling import largest, log_normalizer
 from lmopt.types import FloatArray, IntArray
 
 _LOGIT_BYTES: Final = 128 * 2**20
@@ -37,6 +38,31 @@ def score(
         ContextLengthError: A row is longer than the model's context.
         TokenIdError: An id is outside the vocabulary.
     """
+    return _score(engine, rows, 0, batch_size, logit_bytes)[0]
+
+
+def score_with_top(
+    engine: Engine, rows: Sequence[Sequence[int] | IntArray], top: int
+) -> tuple[list[FloatArray], list[list[dict[int, float]]]]:
+    """Compute what `score` does, and the likeliest tokens at each of those places.
+
+    Args:
+        engine: Any engine.
+        rows: As for `score`.
+        top: How many of the likeliest tokens, at least 0.
+
+    Returns:
+        The scores; and for each row `n - 1` mappings from id to natural-log probability, best first.
+
+    Raises:
+        InputError: As `score` does.
+    """
+    return _score(engine, rows, top, 8, _LOGIT_BYTES)
+
+
+def _score(
+    engine: Engine, rows: Sequence[Sequence[int] | IntArray], top: int, batch_size: int, logit_bytes: int
+) -> tuple[list[FloatArray], list[list[dict[int, float]]]]:
     facts = engine.facts
     checked = [check_ids(row, facts.vocab_size, f"row {number}") for number, row in enumerate(rows)]
     for number, ids in enumerate(checked):
@@ -47,13 +73,22 @@ def score(
                 f"row {number} has {ids.size} tokens; the model's context has {facts.context_length}. "
                 f"Split it, or use perplexity, which slides a window."
             )
+    tops: list[list[dict[int, float]]] = [[] for _ in checked]
     scores: list[FloatArray] = [np.empty(ids.size - 1, np.float32) for ids in checked]
     # Neighbours of like length waste little on padding.
     order = sorted((n for n in range(len(checked)) if checked[n].size > 1), key=lambda n: checked[n].size)
     width = max(1, logit_bytes // (4 * facts.vocab_size * max(1, min(batch_size, len(order)))))
     for batch in _batches(engine, checked, order, batch_size):
-        _score_batch(engine, [checked[n] for n in batch], [scores[n] for n in batch], width)
-    return scores
+        parts = _score_batch(engine, [checked[n] for n in batch], [scores[n] for n in batch], width)
+        for place, logits in parts:
+            if top:
+                tops[batch[place]] += [_likeliest(line, top) for line in logits]
+    return scores, tops
+
+
+def _likeliest(logits: FloatArray, top: int) -> dict[int, float]:
+    normalizer = log_normalizer(logits)
+    return {one: float(logits[one]) - normalizer for one in largest(logits, top).tolist()}
 
 
 def _batches(engine: Engine, rows: list[IntArray], order: list[int], size: int) -> list[list[int]]:
@@ -68,8 +103,14 @@ def _batches(engine: Engine, rows: list[IntArray], order: list[int], size: int) 
     return batches
 
 
-def _score_batch(engine: Engine, rows: list[IntArray], scores: list[FloatArray], width: int) -> None:
-    """Score rows that ascend in length, `width` tokens of each at a time; fills `scores`."""
+def _score_batch(
+    engine: Engine, rows: list[IntArray], scores: list[FloatArray], width: int
+) -> Iterator[tuple[int, FloatArray]]:
+    """Score rows that ascend in length, `width` tokens of each at a time; fills `scores`.
+
+    Yields:
+        Place of a row, and the logits for its next tokens.
+    """
     # The last token is only predicted, never read.
     state = engine.begin(len(rows), capacity=rows[-1].size - 1)
     active = list(range(len(rows)))
@@ -86,6 +127,7 @@ def _score_batch(engine: Engine, rows: list[IntArray], scores: list[FloatArray],
         for line, number, length in zip(logits, active, lengths, strict=True):
             targets = rows[number][start + 1 : start + 1 + length]
             scores[number][start : start + length] = token_logprobs(line[:length], targets)
+            yield number, line[:length]
 
 
 def token_logprobs(logits: FloatArray, targets: IntArray) -> FloatArray:

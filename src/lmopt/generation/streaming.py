@@ -7,9 +7,9 @@ from lmopt.contracts import Engine
 from lmopt.errors import TokenizerError, UnsupportedOptionError
 from lmopt.generation.batching import steps
 from lmopt.generation.config import GenerationConfig
-from lmopt.generation.interruption import Cancel, Interruption
+from lmopt.generation.interruption import Interruption
 from lmopt.generation.results import Generation
-from lmopt.generation.rows import Row, prepare
+from lmopt.generation.rows import Cancel, Row, prepare
 from lmopt.generation.stopping import REPLACEMENT, Detokenizer
 from lmopt.generation.workspace import Workspace
 from lmopt.types import IntArray
@@ -69,6 +69,52 @@ class IncrementalText:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
+class RowText:
+    """The text of a row while it grows; a piece that may be the beginning of a stop string waits.
+
+    Args:
+        row: From `prepare`.
+        tokenizer: Turns ids into text.
+
+    Attributes:
+        text: What was given out.
+    """
+
+    def __init__(self, row: Row, tokenizer: Detokenizer) -> None:
+        self.text = ""
+        self._row = row
+        self._tokenizer = tokenizer
+        self._certain = IncrementalText(tokenizer)
+        self._waiting = ""
+
+    def push(self) -> str:
+        """Take the row's newest token in; return the text that can be given out."""
+        row = self._row
+        self._waiting += self._certain.push(row.history.newest)
+        if not self._waiting or row.finish_reason is not None:
+            return ""
+        held = row.stops.tail(row.history.seen) if row.stops else 0
+        ready = self._waiting[: max(0, len(self._waiting) - held)]
+        self._waiting = self._waiting[len(ready) :]
+        self.text += ready
+        return ready
+
+    def finish(self) -> str:
+        """Return what is left once the row has ended."""
+        row = self._row
+        final = row.text(self._tokenizer)
+        if final.startswith(self.text):
+            rest = final[len(self.text) :]
+        else:
+            # A decoder that rewrites what came before (some clean-up rules do) cannot be followed: what was
+            # shown counts, and the text goes on from there.
+            rest = self._waiting + self._certain.finish()
+            if row.stops and row.finish_reason == "stop_string":
+                rest = rest[: max(0, len(rest) - row.stops.tail(row.history.seen))]
+        self.text += rest
+        return rest
+
+
 def stream(
     engine: Engine,
     prompt: Sequence[int] | IntArray,
@@ -113,34 +159,15 @@ def stream(
 def _pieces(
     running: Generator[list[Row]], row: Row, tokenizer: Detokenizer
 ) -> Generator[str, None, Generation]:
-    text = IncrementalText(tokenizer)
-    given: list[str] = []
-    waiting = ""
+    text = RowText(row, tokenizer)
     with contextlib.closing(running):
         for _ in running:
             if row.error is not None:
                 break
-            waiting += text.push(row.history.newest)
-            if row.finish_reason is not None:
-                continue
-            held = row.stops.tail(row.history.seen) if row.stops else 0
-            ready = waiting[: max(0, len(waiting) - held)]
-            if ready:
-                given.append(ready)
-                waiting = waiting[len(ready) :]
-                yield ready
+            if piece := text.push():
+                yield piece
     if row.error is not None:
         raise row.error
-    shown = "".join(given)
-    final = row.text(tokenizer)
-    if final.startswith(shown):
-        rest = final[len(shown) :]
-    else:
-        # A decoder that rewrites what came before (some clean-up rules do) cannot be followed: what was
-        # shown counts, and the text goes on from there.
-        rest = waiting + text.finish()
-        if row.stops and row.finish_reason == "stop_string":
-            rest = rest[: max(0, len(rest) - row.stops.tail(row.history.seen))]
-    if rest:
+    if rest := text.finish():
         yield rest
-    return row.result(shown + rest)
+    return row.result(text.text)

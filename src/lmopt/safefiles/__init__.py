@@ -6,7 +6,7 @@ allocated for it. Everything here runs nothing, reads headers only (and tensors 
 """
 
 from lmopt.safefiles.gguf import GgufArray, GgufHeader, GgufTensor, check_gguf, read_tensor
-from lmopt.safefiles.onnx import ExternalData, check_onnx_external_data
+from lmopt.safefiles.onnx import ExternalData, check_onnx_external_data, onnx_boundary
 from lmopt.safefiles.paths import contained, hub_blobs, open_regular
 from lmopt.safefiles.safetensors import SafetensorsHeader, StoredTensor, check_safetensors, check_shard_index
 from lmopt.safefiles.strictjson import parse_json, read_json
@@ -24,6 +24,7 @@ __all__ = [
     "check_shard_index",
     "contained",
     "hub_blobs",
+    "onnx_boundary",
     "open_regular",
     "parse_json",
     "read_json",

@@ -14,6 +14,7 @@ from typing import Final
 
 from lmopt.errors import CorruptArtifactError
 from lmopt.safefiles.paths import contained, open_regular
+from lmopt.types import TensorSpec
 
 MAX_FILE: Final = 2**31
 """Protobuf's own limit, in bytes."""
@@ -45,6 +46,9 @@ DTYPE_BITS: Final[dict[int, int]] = {
     **dict.fromkeys((21, 22, 23), 4),
     **dict.fromkeys((25, 26), 2),
 }
+DTYPE_NAMES: Final[dict[int, str]] = {
+    1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"
+}  # fmt: skip
 ENTRY_KEYS: Final = frozenset({"location", "offset", "length", "checksum"})
 
 
@@ -120,6 +124,26 @@ def check_onnx_external_data(
     return tuple(found)
 
 
+def onnx_boundary(path: str | os.PathLike[str]) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Read what a graph takes and what it gives, as `lmopt.signature.Signature.from_graph` wants it.
+
+    For engines whose own reader forgets the names of dynamic axes: without them nobody can tell which axis of a
+    state grows. Inputs that only carry a default value are left out.
+
+    Args:
+        path: The `.onnx` file.
+
+    Returns:
+        Inputs and outputs, in the graph's order.
+
+    Raises:
+        ArtifactNotFoundError: There is no such file.
+        CorruptArtifactError: The protobuf is malformed.
+    """
+    with open_regular(path) as (file, size):
+        return _Walk(file, size, os.fspath(path)).boundary()
+
+
 @dataclass(slots=True)
 class _Tensor:
     """The fields of a TensorProto that say where its bytes are."""
@@ -186,6 +210,58 @@ class _Walk:
                 break
             else:
                 stack.pop()
+
+    def boundary(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """Read inputs and outputs of the main graph."""
+        inputs: list[TensorSpec] = []
+        outputs: list[TensorSpec] = []
+        stored: set[str] = set()
+        for begin, end in self._inside(0, self._size, 7):
+            for number, wire, start, stop in self._fields(begin, end):
+                if number in (5, 11, 12):
+                    self._expect(wire == 2)
+                    if number == 5:
+                        stored.add(self._tensor(start, stop).name)
+                    else:
+                        (inputs if number == 11 else outputs).append(self._value(start, stop))
+        return tuple(one for one in inputs if one.name not in stored), tuple(outputs)
+
+    def _value(self, begin: int, end: int) -> TensorSpec:
+        """Read one ValueInfoProto that is a tensor; an axis without size or name is called `"?"`."""
+        name, dtype = "", 0
+        shape: list[int | str] = []
+        for start, stop in self._inside(begin, end, 1):
+            name = self._text(start, min(stop, start + MAX_TEXT))
+        tensors = [one for place in self._inside(begin, end, 2) for one in self._inside(*place, 1)]
+        for tensor in tensors:
+            for number, wire, start, stop in self._fields(*tensor):
+                if number == 1:
+                    self._expect(wire == 0)
+                    dtype = self._varint(start, stop)[0]
+            axes = [one for place in self._inside(*tensor, 2) for one in self._inside(*place, 1)]
+            self._expect(len(axes) <= MAX_AXES)
+            shape += [self._axis(*axis) for axis in axes]
+        return TensorSpec(name, DTYPE_NAMES.get(dtype, f"type {dtype}"), tuple(shape))
+
+    def _axis(self, begin: int, end: int) -> int | str:
+        for number, wire, start, stop in self._fields(begin, end):
+            if number == 1:
+                size = self._varint(start, stop)[0]
+                self._expect(wire == 0 and size < 2**63)
+                return size
+            if number == 2:
+                self._expect(wire == 2)
+                return self._text(start, min(stop, start + MAX_TEXT))
+        return "?"
+
+    def _inside(self, begin: int, end: int, wanted: int) -> list[tuple[int, int]]:
+        """List where the messages (or texts) of one field lie."""
+        places = []
+        for number, wire, start, stop in self._fields(begin, end):
+            if number == wanted:
+                self._expect(wire == 2)
+                places.append((start, stop))
+        return places
 
     def _tensor(self, begin: int, end: int) -> _Tensor:
         tensor = _Tensor("", 0, [], {}, external=False, inline=False)

@@ -16,7 +16,7 @@ import numpy as np
 from lmopt.accelerators import cuda
 from lmopt.artifact import Artifact, publish
 from lmopt.contracts import ExportRequest
-from lmopt.errors import PluginError, UnsupportedError
+from lmopt.errors import PluginError, UnsupportedError, UnsupportedPrecisionError
 from lmopt.registry import exporters
 from lmopt.testing import models
 from lmopt.testing.case import Case, Reference, Subject
@@ -101,18 +101,27 @@ class Workshop:
     ) -> Callable[[], Case]:
         """Give a function that builds a case when it is called.
 
-        A dialect that is not the format's default is the backend's to refuse: then the function raises
-        `unittest.SkipTest`.
+        A dialect that is not the format's default is the backend's to refuse, and a type other than float32 is this
+        machine's (`UnsupportedPrecisionError`): then the function raises `unittest.SkipTest`.
         """
 
+        @functools.cache
+        def refusal() -> str:
+            try:
+                Case(backend, self.subject(model, model_format, dtype, target), device, dtype).open().close()
+            except UnsupportedPrecisionError as error:
+                return f"this machine does not compute in {dtype}: {error}"
+            except UnsupportedError as error:
+                if not target:
+                    raise
+                return f"the backend does not read this dialect: {error}"
+            return ""
+
         def make() -> Case:
-            case = Case(backend, self.subject(model, model_format, dtype, target), device, dtype)
-            if target:
-                try:
-                    case.open().close()
-                except UnsupportedError as error:
-                    raise unittest.SkipTest(f"the backend does not read this dialect: {error}") from error
-            return case
+            subject = self.subject(model, model_format, dtype, target)
+            if (target or dtype != "float32") and (reason := refusal()):
+                raise unittest.SkipTest(reason)
+            return Case(backend, subject, device, dtype)
 
         return make
 

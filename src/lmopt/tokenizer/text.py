@@ -148,7 +148,7 @@ class Tokenizer:
         Raises:
             TokenIdError: An id is negative or no integer.
         """
-        numbers = [_token_id(one) for one in ids]
+        numbers = _token_ids(list(ids))
         text: str = _guarded(
             lambda: self._backend.decode(numbers, skip_special_tokens=skip_special_tokens), "decode the ids"
         )
@@ -277,6 +277,17 @@ class Tokenizer:
             target = root / (TEMPLATE_FILE if name == "default" else f"{TEMPLATE_FOLDER}/{name}.jinja")
             target.parent.mkdir(exist_ok=True)
             target.write_text(source, encoding="utf-8")
+
+
+def _token_ids(values: list[int]) -> list[int]:
+    """Check many ids at once: streams decode at each token, and one by one the checks cost more than the decoding."""
+    try:
+        numbers = list(map(operator.index, values))
+    except TypeError:
+        return [_token_id(one) for one in values]  # raises at the one that is wrong
+    if numbers and not 0 <= min(numbers) <= max(numbers) <= _LARGEST_ID:
+        return [_token_id(one) for one in values]
+    return numbers
 
 
 def _token_id(value: int) -> int:

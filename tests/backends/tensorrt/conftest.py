@@ -3,11 +3,12 @@
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from onnx import TensorProto, helper
 
 from lmopt.artifact import Artifact
 from lmopt.backends.tensorrt import cuda, engine_cache, flavour, loading
+from lmopt.backends.tensorrt.best import VALUES
 from lmopt.backends.tensorrt.building import BuildOptions, Plan
 from lmopt.backends.tensorrt.engine import open_engine
+from lmopt.backends.tensorrt.preparing import prepare
 from lmopt.backends.tensorrt.profiles import Profile
 from lmopt.backends.tensorrt.spec import BACKEND
 from lmopt.backends.torch import export_onnx
@@ -135,6 +138,8 @@ class Gpu:
     dtype: str = ""
     """Type that tensors of float32 are given instead, as an engine of that type would have them."""
     built: list[BuildOptions] = field(default_factory=list)
+    folder: Path | None = None
+    kept: ClassVar[dict[tuple[Path, int], Path]] = {}
 
     def plan_for(self, artifact, options, *, facts, device=None, again=False):
         """Stand in for the build half: a plan is the name of the graph."""
@@ -143,7 +148,9 @@ class Gpu:
         for name in record["files"]:
             artifact.file(name)
         path = artifact.file("model.onnx")
-        graph = onnx.load(path, load_external_data=False).graph
+        # As the compiler would be given it; the other types are only said to be such, and have no best of their own.
+        prepared = self.prepared(path, 0 if self.dtype else options.best_logits)
+        graph = onnx.load(prepared, load_external_data=False).graph
         inputs, outputs = self._specs(graph.input), self._specs(graph.output)
         grows = any("past_sequence_length" in one.shape for one in inputs)
         profiles = self.profiles
@@ -155,15 +162,24 @@ class Gpu:
         self.trust(plan, path, half=record["dtype"] == "float16")
         return plan
 
+    def prepared(self, path: Path, best: int) -> Path:
+        """Prepare a graph as the compiler would be given it, once a run."""
+        if (path, best) not in self.kept:
+            self.kept[path, best] = prepare(path, Path(tempfile.mkdtemp(dir=self.folder)), best=best).path
+        return self.kept[path, best]
+
     def trust(self, plan: Plan, path: Path, *, half: bool = False) -> None:
-        """Let the fake load a plan, and run it by a graph on ONNX Runtime."""
+        """Let the fake load a plan, and run it on ONNX Runtime by the graph that it was made of, prepared."""
+        best = next((int(one.shape[-1]) for one in plan.outputs if one.name == VALUES), 0)
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = 1
         settings.log_severity_level = 3
         if half:
             # onnxruntime's optimiser crashes on an LSTM in half precision.
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            str(self.prepared(path, best)), settings, providers=["CPUExecutionProvider"]
+        )
         self.trt.plans[plan.data] = plan, session
 
     def _specs(self, values) -> tuple[TensorSpec, ...]:
@@ -181,7 +197,7 @@ class Gpu:
 
 
 @pytest.fixture
-def device(monkeypatch) -> Iterator[Gpu]:
+def device(monkeypatch, tmp_path_factory) -> Iterator[Gpu]:
     """Whatever asks for CUDA, or runs an engine, gets the fake; what builds one has the real compiler still."""
     runtime = fake_cuda.FakeRuntime()
     trt = fake_tensorrt.FakeTensorRT(runtime)
@@ -191,7 +207,7 @@ def device(monkeypatch) -> Iterator[Gpu]:
     found = flavour.Flavour("tensorrt_rtx", trt, "1.7.1.116")
     monkeypatch.setattr(flavour, "load", lambda name="auto": found)
     backends.register(BACKEND)
-    yield Gpu(runtime, trt)
+    yield Gpu(runtime, trt, folder=tmp_path_factory.getbasetemp())
     backends.unregister(BACKEND.name)
     runtime.retire()
 
@@ -234,6 +250,21 @@ def rows():
         return [random.integers(3, models.VOCAB_SIZE, length) for length in lengths]
 
     return draw
+
+
+@pytest.fixture
+def foreign(written) -> Callable[..., Path]:
+    """Write a graph with one product of onnxruntime's own, `fused`."""
+
+    def one(dtype: int = TensorProto.FLOAT) -> Path:
+        node = helper.make_node(
+            "MatMulNBits", ["x", "b", "s"], ["y"],
+            domain="com.microsoft", name="fused", K=64, N=64, bits=4, block_size=32,
+        )  # fmt: skip
+        scales = np.ones(128, helper.tensor_dtype_to_np_dtype(dtype))
+        return written([node], {"b": np.zeros((64, 2, 16), np.uint8), "s": scales}, dtype=dtype)
+
+    return one
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
     "llama": models.tiny_llama,
     "gpt": models.tiny_gpt,
     "lstm": models.tiny_lstm,
+    "wide": _hugging_face("Llama", hidden_size=256, num_hidden_layers=1, intermediate_size=256),
     "gpt_neox": _hugging_face("GPTNeoX", intermediate_size=64),
     "qwen3": _hugging_face("Qwen3", intermediate_size=64, num_key_value_heads=2, head_dim=8),
     "gemma2": _hugging_face(
@@ -47,6 +48,8 @@ QUANTIZERS = {
     "int4-asymmetric": Quantize(4, 32, symmetric=False, head=4),
     "int8-asymmetric": Quantize(8, 32, symmetric=False),
     "int4-64": Quantize(4, 64, head=4),
+    "int4-128": Quantize(4, 128, head=4),
+    "int8-rounded": Quantize(8, 32, activations=8),
 }
 
 

@@ -1,13 +1,20 @@
 """The table of types and targets, held against the real compiler in both directions; no GPU is needed."""
 
+import numpy as np
 import pytest
+import torch
 
 from lmopt.backends.tensorrt import precision
 from lmopt.backends.tensorrt.building import BuildOptions, check_network, compile_network, open_network
 from lmopt.backends.tensorrt.engine_cache import graph_of
 from lmopt.backends.tensorrt.flavour import load
+from lmopt.backends.torch.export_onnx import export_onnx
+from lmopt.contracts import ExportRequest
 from lmopt.errors import EngineBuildError, UnsupportedPrecisionError
+from lmopt.testing import models
+from lmopt.types import ModelFacts
 
+FACTS = ModelFacts(models.VOCAB_SIZE, models.CONTEXT_LENGTH)
 ALL = ("7.5", "8.6", "8.9", "12.0")
 SOME = ("7.5", "8.9")
 CASES = [
@@ -17,6 +24,8 @@ CASES = [
     ("lstm", "bfloat16", ALL),
     ("lstm", "float32+int8", SOME),
     ("gpt", "float16", SOME),
+    ("wide", "float16+int4-128", SOME),  # two groups of 128 a row
+    ("wide", "float16+int8-rounded", SOME),  # activations in 8 bits, by plain operators
 ]
 SWEEP = [
     ("llama", "float32", ALL),
@@ -60,6 +69,23 @@ def test_the_table_says_what_the_compiler_does(family, chosen, targets, exported
                 patch.setattr(precision, "CAN", {})
                 with pytest.raises(EngineBuildError, match="Cannot compile"):
                     compile_network(network, prepared, options, facts=artifact.facts)
+
+
+@pytest.mark.parametrize(("kind", "cannot", "can"), [("int8", "", "7.5"), ("fp8", "8.6", "8.9")])
+def test_eight_bit_products_of_the_exporter(kind, cannot, can, make, tmp_path):
+    module = make("llama", "float16")
+    rows = (np.arange(3, 40),)
+    request = ExportRequest(module, tmp_path, FACTS, "portable", {"products": kind}, {}, rows)
+    with torch.no_grad():
+        count = export_onnx(request)["quantized_products"]
+    with open_network(tmp_path / "model.onnx", "tensorrt_rtx") as (network, prepared):
+        assert prepared.weights == {kind: count}
+        assert network.types()[kind] > count  # and activations, which several products share
+        if cannot:
+            with pytest.raises(UnsupportedPrecisionError, match=r"8\.6 does not compute in fp8"):
+                check_network(network, prepared, BuildOptions(compute_capabilities=(cannot,)))
+        options = BuildOptions(compute_capabilities=(can,), max_batch=2, max_sequence=16)
+        assert compile_network(network, prepared, options, facts=FACTS).types[kind] > count
 
 
 def test_the_table_knows_every_target_of_the_installed_rtx():

@@ -45,6 +45,8 @@ SWEEP = pytest.mark.slow
         # Tables are in 8 bits, and alone have the negative scales that RTX refuses.
         ("lstm", "float32+int4-64", 1),
         ("llama", "float16+int4", 1),
+        ("wide", "float16+int4-128", 1),
+        ("wide", "float16+int8-rounded", 9),
         pytest.param("lstm", "float32+int8-asymmetric", 2, marks=SWEEP),
         pytest.param("llama", "float32", 0, marks=SWEEP),
         pytest.param("llama", "float32+int8", 16, marks=SWEEP),
@@ -141,18 +143,6 @@ def test_float64_is_refused_and_named(where, written, tmp_path):
         prepare(path, tmp_path)
 
 
-def test_operators_of_another_engine_are_refused_and_named(written, tmp_path):
-    node = helper.make_node(
-        "MatMulNBits",
-        ["x", "b", "s"],
-        ["y"],
-        domain="com.microsoft",
-        name="fused",
-        K=64,
-        N=64,
-        bits=4,
-        block_size=32,
-    )
-    path = written([node], {"b": np.zeros((64, 2, 16), np.uint8), "s": np.ones(128, np.float32)})
+def test_operators_of_another_engine_are_refused_and_named(foreign, tmp_path):
     with pytest.raises(UnsupportedError, match=r"'fused' is com\.microsoft::MatMulNBits"):
-        prepare(path, tmp_path)
+        prepare(foreign(), tmp_path)

@@ -101,6 +101,21 @@ class NumpyEngine:
         self._open()
         return self._signature.join(states)
 
+    @property
+    def rewinds(self) -> bool:
+        """Rows can forget their last tokens where the state is a cache and nothing else."""
+        return self._signature.rewinds
+
+    def rewind(self, state: ArrayState, lengths: IntArray) -> ArrayState:
+        """Let each row forget all but its first tokens."""
+        self._open()
+        return self._signature.rewind(state, lengths)
+
+    def copy(self, state: ArrayState, *, capacity: int | None = None) -> ArrayState:
+        """Make an independent copy: calls make new arrays and leave old ones alone, so both share them."""
+        self._open()
+        return ArrayState(dict(state.tensors), state.mask, state.lengths, state.padding_side)
+
     def tap_names(self) -> list[str]:
         """Names of the modules whose output the exporter noted down."""
         return list(self._taps)

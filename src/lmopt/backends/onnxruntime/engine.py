@@ -19,18 +19,21 @@ def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngin
     independent of how tokens are split over calls, see `SharedCacheEngine`; `kv_cache_dtype` (default `"auto"`)
     `"int8"` refuses a graph whose keys and values are not in 8 bits: that is chosen at export. On a GPU, `provider`
     (default `"auto"`: CUDA) may be `"tensorrt"`, and `allow_tf32` (default `False`) lets float32 products be rounded.
+    `widen` (default `False`) computes a bfloat16 graph in float32, with the same weights: nothing here multiplies
+    in bfloat16.
     """
     BACKEND.require(device=request.device, dtype=request.dtype)
     options = dict(request.options)
     spinning = _flag(options, "spinning", default=True)
     deterministic = _flag(options, "deterministic", default=False)
+    widen = _flag(options, "widen", default=False)
     kv_cache_dtype = options.pop("kv_cache_dtype", "auto")
     allow_tf32 = _flag(options, "allow_tf32", default=False)
     provider = options.pop("provider", "auto")
     if options:
         raise UnsupportedOptionError(
             f"backend 'onnxruntime' has no option {sorted(options)[0]!r}; it has spinning, deterministic, "
-            "kv_cache_dtype, provider and allow_tf32, beside device, dtype and threads"
+            "kv_cache_dtype, provider, allow_tf32 and widen, beside device, dtype and threads"
         )
     if kv_cache_dtype not in ("auto", "int8"):
         raise UnsupportedOptionError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected 'auto' or 'int8'")
@@ -63,13 +66,21 @@ def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngin
             "MODEL OUT --target onnxruntime --option kv_cache_dtype=int8. In eager mode backend 'torch' has one too"
         )
     record = request.artifact.manifest["formats"]["onnx"]
+    narrow = record.get("dtype") == "bfloat16"
+    if narrow != widen:
+        raise UnsupportedError(
+            "the artefact computes in bfloat16, which backend 'onnxruntime' does not. Pass widen=True to compute in "
+            "float32 with the same weights, or run it on backend 'tensorrt'"
+            if narrow
+            else f"widen=True is for artefacts in bfloat16; this one is in {record.get('dtype')}. Leave it out"
+        )
     provider = check_options(
         request.device, provider, allow_tf32=allow_tf32, dtype=record.get("dtype", "float32")
     )
     settings = SessionSettings(
         request.device, request.threads or usable_cpus(), spinning, provider, allow_tf32
     )
-    graph = Graph(request, settings)
+    graph = Graph(request, settings, widened=widen)
     if shared:
         return SharedCacheEngine(graph, request.facts, deterministic=deterministic)
     return GrowingCacheEngine(graph, request.facts)

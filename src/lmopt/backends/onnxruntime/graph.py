@@ -1,13 +1,16 @@
 """An exported graph that is open: its session, what it is, and the values inside it that can be shown."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from lmopt.backends.onnxruntime.providers import placement
 from lmopt.backends.onnxruntime.session import SessionSettings, create_session, installed_wheels, ort
+from lmopt.backends.onnxruntime.widening import widen
 from lmopt.contracts import ArtifactView, EngineReport, EngineRequest
 from lmopt.errors import ClosedError, EngineError, InputError, NotInstalledError, UnsupportedError
 from lmopt.mappings import forget_files
@@ -32,6 +35,7 @@ class Graph:
     Args:
         request: Asks for an artefact that has the format.
         settings: How the session runs.
+        widened: Whether a bfloat16 graph is computed in float32.
 
     Attributes:
         signature: Roles of inputs and outputs.
@@ -45,12 +49,12 @@ class Graph:
         EngineError: ONNX Runtime refuses the graph.
     """
 
-    def __init__(self, request: EngineRequest, settings: SessionSettings) -> None:
+    def __init__(self, request: EngineRequest, settings: SessionSettings, *, widened: bool = False) -> None:
         assert request.artifact is not None
         self._artifact: ArtifactView = request.artifact
         self._format: Mapping[str, Any] = request.artifact.manifest["formats"]["onnx"]
         self._settings = settings
-        self._session: ort.InferenceSession | None = self._load()
+        self._session: ort.InferenceSession | None = self._load(widened)
         self.run_options = ort.RunOptions()
         # Of graph capture on a GPU, and off; onnxruntime's Python asks for it in each run, and where it is not
         # set an exception is raised and caught, which takes longer than all the rest around a run.
@@ -68,14 +72,18 @@ class Graph:
                 f"chosen at export: lmopt.Model.from_pretrained(..., dtype={request.dtype!r}), then export again"
             )
 
-    def _load(self) -> "ort.InferenceSession":
+    def _load(self, widened: bool) -> "ort.InferenceSession":
         """Create the session while another thread hashes the weights, which are only numbers to it."""
         model = self._artifact.file(MODEL)
         with ThreadPoolExecutor(1, "lmopt-verify") as pool:
             files = [name for name in self._format.get("files", ()) if name != MODEL]
             verified = [pool.submit(self._artifact.file, name) for name in files]
             try:
-                session = create_session(model, self._settings)
+                if widened:
+                    with tempfile.TemporaryDirectory(prefix="lmopt-widened-") as folder:
+                        session = create_session(widen(model, Path(folder)), self._settings)
+                else:
+                    session = create_session(model, self._settings)
             except EngineError:
                 for one in verified:
                     one.result()  # a damaged file explains more than what onnxruntime makes of it

@@ -73,7 +73,8 @@ def cache_path() -> Path:
 
 def _check(artifact: Artifact, wanted: Sequence[BuildOptions]) -> list[dict[str, Any]]:
     rows = []
-    with open_network(graph_of(artifact), wanted[0].flavour) as (network, prepared):
+    best = wanted[0].best_logits
+    with open_network(graph_of(artifact), wanted[0].flavour, best_logits=best) as (network, prepared):
         for one in wanted:
             types = check_network(network, prepared, one)
             rows.append(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from lmopt.backends.tensorrt import precision
+from lmopt.backends.tensorrt import best, precision
 from lmopt.backends.tensorrt.flavour import AUTO, MODULES, Flavour, load
 from lmopt.backends.tensorrt.network import Network
 from lmopt.backends.tensorrt.preparing import Prepared, prepare
@@ -34,6 +34,8 @@ class BuildOptions:
         hardware_compatibility: `"none"`, `"ampere_plus"` or `"same_compute_capability"`, for the standard flavour.
         timing_cache: Whether kernel timings are kept between builds (standard flavour; RTX times nothing).
         tf32: Whether products of float32 may be rounded to TF32. Off unless asked for.
+        best_logits: How many of a row's largest logits are found on the device: greedy decoding, and sampling with
+            `top_k` below it, then bring only these to the host. 0 leaves that out; at most 3840.
         max_batch: Most rows of a call, for the default profiles.
         max_sequence: Most new tokens of a call, likewise; longer prompts are read in pieces.
         max_past: Most slots of the past, likewise; `None`: the model's context, at most 4096.
@@ -50,6 +52,7 @@ class BuildOptions:
     hardware_compatibility: str = "none"
     timing_cache: bool = True
     tf32: bool = False
+    best_logits: int = 64
     max_batch: int = 4
     max_sequence: int = 512
     max_past: int | None = None
@@ -67,6 +70,8 @@ class BuildOptions:
             type(self.workspace_bytes) is not int or self.workspace_bytes < 1
         ):
             raise _impossible("workspace_bytes", self.workspace_bytes, "a whole number of bytes, at least 1")
+        if type(self.best_logits) is not int or not 0 <= self.best_logits <= best.MOST:
+            raise _impossible("best_logits", self.best_logits, f"a whole number from 0 to {best.MOST}")
         for name in ("timing_cache", "tf32"):
             if not isinstance(getattr(self, name), bool):
                 raise _impossible(name, getattr(self, name), "True or False")
@@ -153,25 +158,28 @@ def build_plan(model: Path, options: BuildOptions, *, facts: ModelFacts, timings
         EngineBuildError: TensorRT refuses the graph, cannot compile it, or has changed its types.
     """
     began = time.perf_counter()
-    with open_network(model, options.flavour) as (network, prepared):
+    with open_network(model, options.flavour, best_logits=options.best_logits) as (network, prepared):
         plan = compile_network(network, prepared, options, facts=facts, timings=timings)
     return replace(plan, seconds=time.perf_counter() - began)
 
 
 @contextmanager
-def open_network(model: Path, flavour: str = AUTO) -> Iterator[tuple[Network, Prepared]]:
+def open_network(
+    model: Path, flavour: str = AUTO, *, best_logits: int = 0
+) -> Iterator[tuple[Network, Prepared]]:
     """Prepare and parse a graph; while the block runs it may be compiled several times, for different targets.
 
     Args:
         model: As for `build_plan`.
         flavour: As in `BuildOptions`.
+        best_logits: Likewise.
 
     Raises:
         UnsupportedPrecisionError, UnsupportedError, EngineBuildError: As for `build_plan`.
     """
     found = load(flavour)
     with tempfile.TemporaryDirectory(prefix="lmopt-tensorrt-") as folder:
-        prepared = prepare(model, Path(folder))
+        prepared = prepare(model, Path(folder), best=best_logits)
         with Network(found) as network:
             yield network.parse(prepared.path), prepared
 

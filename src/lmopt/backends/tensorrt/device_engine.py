@@ -3,24 +3,28 @@
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
 
 from lmopt.accelerators import CudaDevice
 from lmopt.backends.tensorrt import cuda
+from lmopt.backends.tensorrt.best import settled
 from lmopt.backends.tensorrt.blocks import Block, groups_of
 from lmopt.backends.tensorrt.graphs import Counts
 from lmopt.backends.tensorrt.lane import Lane
 from lmopt.backends.tensorrt.loading import Loaded
 from lmopt.backends.tensorrt.memory import Memory
+from lmopt.backends.tensorrt.placing import Placing
 from lmopt.backends.tensorrt.reporting import report_of
 from lmopt.backends.tensorrt.state import DeviceState, slots_for
 from lmopt.contracts import EngineReport, PaddingSide
-from lmopt.errors import ClosedError, ContextLengthError, ShapeError
+from lmopt.errors import ClosedError, ContextLengthError, ShapeError, UnsupportedOptionError
 from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, ArrayState, Step, whole_numbers
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
+
+_Read = Callable[[Placing, slice, int, int], None]
 
 
 class TensorRTEngine:
@@ -38,10 +42,14 @@ class TensorRTEngine:
         facts: Facts of the model.
         device: Where it is; it must be the current device.
         cuda_graphs: Whether decode steps may be captured and replayed.
+
+    Attributes:
+        most_best: Most logits of a row that are found on the device; 0 where the engine was built without.
     """
 
     def __init__(self, loaded: Loaded, facts: ModelFacts, device: CudaDevice, *, cuda_graphs: bool) -> None:
         self.facts = facts
+        self.most_best = loaded.best
         self._loaded: Loaded | None = loaded
         self._signature = loaded.signature
         self._device = device
@@ -98,14 +106,48 @@ class TensorRTEngine:
             last = np.full(batch, width - 1) if step.padding_side == "left" else step.new - 1
             sizes = (batch, self.facts.vocab_size) if last_only else (batch, width, self.facts.vocab_size)
             logits = np.empty(sizes, np.float32)
-            block, start = state.block, 0
-            while start < width:
-                block, start = self._columns(
-                    lane, block, state, step, start, last if last_only else None, logits
-                )
-            book = ArrayState({}, step.mask, step.lengths, step.padding_side)
-            found = logits[:, None] if last_only else step.align(logits, last_only=False)
-            return found, DeviceState(block, book, state.capacity)
+
+            def read(placing: Placing, rows: slice, start: int, stop: int) -> None:
+                if not last_only:
+                    lane.logits(placing, None, logits[rows, start:stop])
+                    return
+                inside = (last[rows] >= start) & (last[rows] < stop)
+                lane.logits(placing, np.where(inside, last[rows] - start, -1), logits[rows])
+
+            after = self._read(lane, state, step, read)
+            return logits[:, None] if last_only else step.align(logits, last_only=False), after
+
+    def forward_best(
+        self, input_ids: IntArray, state: DeviceState, count: int
+    ) -> tuple[list[FloatArray], list[IntArray | None], DeviceState]:
+        """Read one new token a row and hand out its largest logits; see `lmopt.contracts.SupportsBest`.
+
+        Raises:
+            UnsupportedOptionError: The engine was built to find fewer.
+        """
+        if not 1 <= count <= self.most_best or input_ids.shape[1:] != (1,):
+            raise UnsupportedOptionError(
+                f"{count} logits of {input_ids.shape} tokens were asked for; this engine finds 1 to "
+                f"{self.most_best} after one token a row. Open it with best_logits={count} or more"
+            )
+        with self._lane() as lane:
+            step = self._signature.step(input_ids, np.ones(len(input_ids), np.int64), state.book)
+            self._check_length(int(step.lengths.max()))
+            logits: list[FloatArray] = []
+            ids: list[IntArray | None] = []
+
+            def read(placing: Placing, rows: slice, start: int, stop: int) -> None:
+                size = self.facts.vocab_size
+                found = [settled(*one, count, size) for one in zip(*lane.best(placing), strict=True)]
+                open_rows = [one is None for one in found]
+                whole = np.empty((len(found) if any(open_rows) else 0, size), np.float32)
+                if any(open_rows):
+                    lane.logits(placing, np.where(open_rows, 0, -1), whole)
+                logits.extend(whole[n] if one is None else one[0] for n, one in enumerate(found))
+                ids.extend(None if one is None else one[1] for one in found)
+
+            after = self._read(lane, state, step, read)
+            return logits, ids, after
 
     def select(self, state: DeviceState, rows: IntArray) -> DeviceState:
         """Keep, drop, reorder or repeat rows; neighbours that stay neighbours are copied together."""
@@ -200,15 +242,17 @@ class TensorRTEngine:
             lane.destroy()
         self._memory.close()
 
+    def _read(self, lane: Lane, state: DeviceState, step: Step, read: _Read) -> DeviceState:
+        """Make a call in as many parts as the profiles ask for; `read` is given what each part leaves."""
+        width = step.feeds[INPUT_IDS].shape[1]
+        block, start = state.block, 0
+        while start < width:
+            block, start = self._columns(lane, block, state, step, start, read)
+        book = ArrayState({}, step.mask, step.lengths, step.padding_side)
+        return DeviceState(block, book, state.capacity)
+
     def _columns(
-        self,
-        lane: Lane,
-        block: Block,
-        state: DeviceState,
-        step: Step,
-        start: int,
-        last: IntArray | None,
-        logits: FloatArray,
+        self, lane: Lane, block: Block, state: DeviceState, step: Step, start: int, read: _Read
     ) -> tuple[Block, int]:
         """Read as many columns as a profile takes, for all rows.
 
@@ -218,8 +262,7 @@ class TensorRTEngine:
             state: State before the whole call.
             step: The whole call.
             start: First column.
-            last: Column of each row whose logits are wanted; `None`: all of all.
-            logits: Where they go.
+            read: Given places, rows and columns of each run, fetches what is wanted of it, and waits.
 
         Returns:
             The state after these columns, and the first column that is left.
@@ -246,11 +289,7 @@ class TensorRTEngine:
                 source_slot=past,
                 slots=shape.sequence,
             )
-            if last is None:
-                lane.logits(placing, None, logits[rows, start:stop])
-            else:
-                inside = (last[rows] >= start) & (last[rows] < stop)
-                lane.logits(placing, np.where(inside, last[rows] - start, -1), logits[rows])
+            read(placing, rows, start, stop)
             row += shape.batch
         return after, stop
 

@@ -26,7 +26,7 @@ from lmopt.safefiles import check_onnx_external_data, open_regular, parse_json
 from lmopt.types import ModelFacts, TensorSpec
 
 GRAPH: Final = "model.onnx"
-RECIPE: Final = 1
+RECIPE: Final = 2
 """Version of what `preparing` and `building` do to a graph: to be raised when their result changes."""
 BUILT_AGAIN: Final = "a compiled engine in the cache is not used and is built again"
 _RECORD_SUFFIX: Final = ".json"

@@ -109,6 +109,23 @@ class Lane:
             found = (found.astype(np.uint32) << 16).view(np.float32)
         into[rows] = found
 
+    def best(self, placing: Placing) -> tuple[FloatArray, IntArray]:
+        """Bring the largest logits of each row to the host, and wait for all that was queued.
+
+        Args:
+            placing: Of a call of an engine that finds them.
+
+        Returns:
+            `(batch, best)` values, float32, and ids, int64; valid until the next call.
+        """
+        assert placing.best is not None
+        sizes = placing.shape.batch, self._loaded.best
+        start, end = placing.best[0], placing.best[1] + sizes[0] * sizes[1] * 8
+        pinned = self._host("output", end - start)
+        self.stream.copy(pinned.address, start, end - start)
+        self.stream.wait()
+        return pinned.array("float32", sizes), pinned.array("int64", sizes, placing.best[1] - start)
+
     def destroy(self) -> None:
         """Give everything back; the stream must be idle."""
         if self._graphs is not None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from lmopt.backends.tensorrt.best import VALUES
 from lmopt.backends.tensorrt.building import Plan
 from lmopt.backends.tensorrt.collecting import logger_for
 from lmopt.backends.tensorrt.flavour import Flavour
@@ -56,6 +57,7 @@ class Loaded:
         plan: The same.
         signature: Roles of inputs and outputs.
         log: What TensorRT says; the last words before a failure are its reason.
+        best: How many of a row's largest logits it finds by itself; 0 where it was built without.
         workspace: Bytes that a context needs while it computes, for the largest profile.
         captures_itself: Whether contexts capture graphs by themselves.
 
@@ -66,6 +68,7 @@ class Loaded:
     def __init__(self, plan: Plan, flavour: Flavour, *, cuda_graphs: bool) -> None:
         self.plan = plan
         self.signature = Signature.from_graph(plan.inputs, plan.outputs)
+        self.best = next((int(one.shape[-1]) for one in plan.outputs if one.name == VALUES), 0)
         self.log: Any = logger_for(flavour.module)
         self._module = flavour.module
         # Whoever gets here has asked `lmopt.accelerators` for a device: without one the next line is a crash.

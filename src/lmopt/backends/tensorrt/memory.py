@@ -1,5 +1,6 @@
 """Device memory that is given out again before it is given back: the same sizes come by for every token."""
 
+import contextlib
 import math
 import threading
 import weakref
@@ -7,7 +8,7 @@ from collections import deque
 from typing import Final
 
 from lmopt.backends.tensorrt import cuda
-from lmopt.errors import ClosedError, InsufficientMemoryError
+from lmopt.errors import ClosedError, DeviceError, InsufficientMemoryError
 
 ALIGNMENT: Final = 256
 """Bytes to which TensorRT wants every address aligned; cudaMalloc aligns to no less."""
@@ -87,7 +88,9 @@ class Memory:
         """Take a buffer back that nobody uses any more; called by its finaliser."""
         self._returned.append((address, size))
         if self._closed:
-            self._free_returned()
+            # A finaliser has nobody to tell; a device that fails here says so at its next use.
+            with contextlib.suppress(DeviceError):
+                self._free_returned()
 
     def close(self) -> None:
         """Free what is idle, and from now on whatever comes back."""

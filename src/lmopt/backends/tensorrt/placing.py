@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from lmopt.backends.tensorrt.best import IDS, VALUES
 from lmopt.backends.tensorrt.blocks import Block, Group
 from lmopt.backends.tensorrt.cuda import PinnedMemory, Stream
 from lmopt.backends.tensorrt.loading import Loaded, Shape
@@ -11,7 +12,7 @@ from lmopt.types import DTYPE_BYTES, AnyArray
 
 
 class Placing:
-    """Memory for ids, mask, positions, logits and the next state of calls of one shape.
+    """Memory for ids, mask, positions, logits, the best of them and the next state of calls of one shape.
 
     Args:
         loaded: Engine.
@@ -23,6 +24,7 @@ class Placing:
         shape: The same.
         present: The state as the engine writes it: of `past + sequence` slots, the new ones last.
         logits: Address of the logits, `(batch, sequence, vocab_size)`.
+        best: Address of the largest logits' values, `(batch, best)` float32, and of their ids, int64.
         input_bytes: Bytes of all inputs but the state, with gaps.
 
     Raises:
@@ -46,6 +48,11 @@ class Placing:
             memory.take(_bytes(logits.dtype, shape.of(logits)), f"the logits of {rows}"),
         ]
         self.logits = self._buffers[1].address
+        self.best: tuple[int, int] | None = None
+        if loaded.best:
+            values = aligned(shape.batch * loaded.best * 4)
+            self._buffers.append(memory.take(3 * values, f"the largest logits of {rows}"))
+            self.best = self._buffers[2].address, self._buffers[2].address + values
         self.present = Block(groups, memory, shape.batch, shape.past + shape.sequence)
 
     def addresses(self, past: Block) -> dict[str, int]:
@@ -53,6 +60,8 @@ class Placing:
         start = self._buffers[0].address
         found = {name: start + offset for name, _, _, offset in self._inputs}
         found[LOGITS] = self.logits
+        if self.best is not None:
+            found[VALUES], found[IDS] = self.best
         found.update({one.past.name: address for one, address in past.addresses().items()})
         found.update({one.present: address for one, address in self.present.addresses().items()})
         return found

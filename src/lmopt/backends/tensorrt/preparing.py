@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lmopt.backends.tensorrt.best import add_best
 from lmopt.backends.tensorrt.widening import widen
 from lmopt.errors import UnsupportedError, UnsupportedPrecisionError
 from lmopt.types import TensorSpec
@@ -37,7 +38,7 @@ class Prepared:
         inputs: Inputs with dtype and symbolic axes.
         outputs: Outputs, likewise.
         weights: How many quantized weights of each type it holds: `{"int4": 15}`.
-        changes: What was changed: `{"widened": 5, "spelled out": 3}`.
+        changes: What was changed: `{"widened": 5, "spelled out": 3, "best": 64}`.
     """
 
     path: Path
@@ -47,12 +48,13 @@ class Prepared:
     changes: dict[str, int]
 
 
-def prepare(model: Path, folder: Path) -> Prepared:
+def prepare(model: Path, folder: Path, *, best: int = 0) -> Prepared:
     """Read a graph of the portable dialect and write what TensorRT can read.
 
     Args:
         model: The `.onnx` file; external data beside it.
         folder: Existing folder to write to, where anything has to be changed.
+        best: How many of the largest logits the graph is to find by itself; see `lmopt.backends.tensorrt.best`.
 
     Returns:
         The changed graph, or the given file itself where nothing had to be.
@@ -65,7 +67,7 @@ def prepare(model: Path, folder: Path) -> Prepared:
     graph = found.graph
     refuse_foreign(graph)
     refuse_doubles(graph)
-    changes = {"widened": widen(graph), "spelled out": spell_out(graph)}
+    changes = {"widened": widen(graph), "spelled out": spell_out(graph), "best": add_best(graph, best)}
     weights: dict[str, int] = {}
     for node in graph:
         if node.op_type == "DequantizeLinear" and (codes := _constant(node.inputs[0])) is not None:

@@ -5,6 +5,7 @@ float32 and what it gives back to the half type, unless that is what does not fi
 modules, which a trace sees as `Cast`.
 """
 
+import copy
 import fnmatch
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -112,6 +113,13 @@ def apply_casts(module: nn.Module, casts: Any, name: str) -> int:
     else:
         stated.lmopt_casts = noted
     return len(made)
+
+
+def in_float32(module: nn.Module) -> nn.Module:
+    """Copy a module of half types in float32: the same weights, and nothing rounds between them."""
+    wide = copy.deepcopy(module)
+    forget_casts(wide)
+    return wide.float()
 
 
 def forget_casts(module: nn.Module) -> None:

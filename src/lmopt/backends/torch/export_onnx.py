@@ -17,6 +17,7 @@ from lmopt.backends.torch.graph import find_taps, fold, name_boundary, share_res
 from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name
 from lmopt.backends.torch.lowering import tracing_for
 from lmopt.backends.torch.portable_quantized import finish_portable
+from lmopt.backends.torch.products import PRODUCTS, quantize_products, ranges_of
 from lmopt.backends.torch.quantized import rounded_bits
 from lmopt.backends.torch.quieting import quiet
 from lmopt.backends.torch.tracing import export_program, plain_reason
@@ -41,9 +42,11 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
         request: See `lmopt.contracts.ExportRequest`. Targets: `"portable"`, the `ai.onnx` domain
             only; `"onnxruntime"`, with ONNX Runtime's own operators for attention, rotary positions
             and norms, and past and present in one buffer. Options: `opset` (18 or more);
-            `accuracy_level` of quantized weights on `"onnxruntime"`: 4 lets products round activations
-            to 8 bits, which is faster and less exact; `kv_cache_dtype="int8"` on `"onnxruntime"` keeps keys
-            and values in 8 bits, with scales measured on `request.rows`.
+            `products` on `"portable"`: `"int8"` or `"fp8"` lets linears multiply in 8 bits, with scales measured
+            on `request.rows`, which is what TensorRT has kernels for; `accuracy_level` of quantized weights on
+            `"onnxruntime"`: 4 lets products round activations to 8 bits, which is faster and less exact;
+            `kv_cache_dtype="int8"` on `"onnxruntime"` keeps keys and values in 8 bits, with scales measured on
+            `request.rows`.
 
     Returns:
         What the manifest records: files, opset, the target really written and, if it is not the
@@ -61,9 +64,16 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
     opset = options.pop("opset", OPSET)
     accuracy_level = options.pop("accuracy_level", None)
     kv_cache_dtype = options.pop("kv_cache_dtype", "auto")
+    products = options.pop("products", "auto")
     if options:
         raise UnsupportedOptionError(
-            f"exporter 'onnx' has no option {sorted(options)[0]!r}; it has: opset, accuracy_level, kv_cache_dtype"
+            f"exporter 'onnx' has no option {sorted(options)[0]!r}; it has: opset, accuracy_level, kv_cache_dtype, "
+            "products"
+        )
+    if products not in PRODUCTS or (products != "auto" and request.target == FUSED):
+        raise UnsupportedOptionError(
+            f"products is {products!r} for the target {request.target!r}; expected one of {', '.join(PRODUCTS)}, and "
+            f"the latter two only for target='portable'. On {FUSED!r} use accuracy_level=4 with quantized weights"
         )
     if kv_cache_dtype not in CACHE_DTYPES or (kv_cache_dtype != "auto" and request.target != FUSED):
         raise UnsupportedOptionError(
@@ -81,6 +91,8 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
         )
     if not isinstance(opset, int) or opset < 18:
         raise UnsupportedOptionError(f"opset is {opset!r}; expected a whole number of at least 18")
+    if products != "auto" and opset < OPSET:
+        raise UnsupportedOptionError(f"products={products!r} needs opset {OPSET} or more; opset is {opset}")
     decoder = as_decoder(request.module)
     if request.target == FUSED:
         from lmopt.backends.torch.fused.export import fused_graph
@@ -105,10 +117,10 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
             signature = keep_in_int8(model, signature, scales)
             asked["kv_cache_dtype"] = kv_cache_dtype
         return {**_write(request, model, signature, taps, opset, FUSED), **asked}
-    return _portable(request, decoder, opset)
+    return _portable(request, decoder, opset, products)
 
 
-def _portable(request: ExportRequest, decoder: Decoder, opset: int) -> dict[str, Any]:
+def _portable(request: ExportRequest, decoder: Decoder, opset: int, products: str = "auto") -> dict[str, Any]:
     with tracing_for("portable"):
         program, arguments = export_program(decoder, may_fix=True)
         with quiet():
@@ -133,7 +145,11 @@ def _portable(request: ExportRequest, decoder: Decoder, opset: int) -> dict[str,
             f"{type(request.module).__name__} in float16 becomes a graph with {sorted(found)[0]}, on which "
             "ONNX Runtime (1.31 and 1.32) crashes the process. Export it in float32."
         )
-    return _write(request, model, decoder.signature, taps, opset, "portable")
+    asked: dict[str, Any] = {}
+    if products != "auto":
+        ranges = ranges_of(decoder, request.rows, request.facts.context_length)
+        asked = {"products": products, "quantized_products": quantize_products(model, products, ranges)}
+    return {**_write(request, model, decoder.signature, taps, opset, "portable"), **asked}
 
 
 def _write(

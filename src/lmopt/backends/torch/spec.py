@@ -28,6 +28,7 @@ ONNX = ExporterSpec(
     format="onnx",
     targets=("portable", "onnxruntime"),
     verify_with="onnxruntime",
+    verify_widened=("bfloat16",),
     requires=(_TORCH, *_ONNX),
     description="one ONNX graph with its cache in and out",
 )

@@ -1,12 +1,14 @@
 """Rules about what an engine computes."""
 
+import functools
 import unittest
 from typing import Final
 
 import numpy as np
 
-from lmopt.contracts import PaddingSide
-from lmopt.errors import ShapeError
+from lmopt.contracts import PaddingSide, SupportsBest
+from lmopt.errors import ShapeError, UnsupportedOptionError
+from lmopt.evaluation.tolerances import tolerance_for
 from lmopt.testing.case import Case
 from lmopt.testing.judge import (
     PADDING_ID,
@@ -152,6 +154,43 @@ def check_last_only_is_the_last_position(case: Case) -> None:
             insist_equal(case, tails, given, f"tokens after last_only, padded {side}")
 
 
+def check_best_logits_are_those_of_forward(case: Case) -> None:
+    """`forward_best` hands out the largest logits that `forward` gives, and leaves none out that ties with them."""
+    with case.engine() as engine:
+        if not isinstance(engine, SupportsBest) or not engine.most_best:
+            raise unittest.SkipTest("the engine gives whole lines of logits only")
+        lengths = [6, 4, 6] if engine.ragged else [6, 6, 6]
+        rows, more = make_rows(case, lengths, seed=10), make_rows(case, [1, 1, 1], seed=11)
+        _, state = feed(engine, rows)
+        whole = [one[0] for one in feed(engine, more, state)[0]]
+        for count in (1, min(5, engine.most_best)):
+            _, state = feed(engine, rows)
+            logits, ids, state = engine.forward_best(np.stack(more), state, count)
+            insist_lengths(state, [length + 1 for length in lengths], f"after forward_best({count})")
+            for line, best, named in zip(whole, logits, ids, strict=True):
+                kept = np.arange(line.size) if named is None else named
+                last, tie = np.sort(line)[-count], tolerance_for(case.dtype).tie
+                insist(bool((kept[:-1] < kept[1:]).all()), f"the ids {kept.tolist()} do not ascend")
+                missing = np.setdiff1d(np.flatnonzero(line > last + tie * abs(last)), kept)
+                insist(kept.size >= count and not missing.size, f"of the best {count}, {missing} are missing")
+                insist(
+                    bool(np.allclose(best, line[kept], rtol=tie, atol=tie)), "its logits are not forward's"
+                )
+            after = make_rows(case, [2, 2, 2], seed=12)
+            given, _ = feed(engine, after, state)
+            longer = [np.concatenate(three) for three in zip(rows, more, after, strict=True)]
+            insist_equal(
+                case, [full[-2:] for full in truth(case, longer)], given, "tokens after forward_best"
+            )
+        for count in (0, engine.most_best + 1):
+            _, state = feed(engine, rows)
+            refuses(
+                functools.partial(engine.forward_best, np.stack(more), state, count),
+                UnsupportedOptionError,
+                when=f"asking for {count} of {engine.most_best} logits",
+            )
+
+
 NUMBER_CHECKS = (
     check_agrees_with_reference,
     check_batch_and_length_are_dynamic,
@@ -161,4 +200,5 @@ NUMBER_CHECKS = (
     check_unequal_rows,
     check_padding_has_no_effect,
     check_last_only_is_the_last_position,
+    check_best_logits_are_those_of_forward,
 )

@@ -125,6 +125,20 @@ class FakeEngine:
         tensors = {KEY: state.tensors[KEY].copy()}
         return ArrayState(tensors, state.mask.copy(), state.lengths.copy(), state.padding_side)
 
+    most_best = 6
+
+    def forward_best(
+        self, input_ids: IntArray, state: ArrayState, count: int
+    ) -> tuple[list[FloatArray], list[IntArray], ArrayState]:
+        if not 1 <= count <= self.most_best:
+            raise UnsupportedOptionError(f"{count} logits were asked for; there are 1 to {self.most_best}")
+        logits, after = self.forward(input_ids, np.ones(len(input_ids), np.int64), state, last_only=True)
+        ids = [self.best(line, count) for line in logits[:, 0]]
+        return [line[one] for line, one in zip(logits[:, 0], ids, strict=True)], ids, after
+
+    def best(self, line: FloatArray, count: int) -> IntArray:
+        return np.flatnonzero(line >= np.sort(line)[-count])
+
     def tap_names(self) -> list[str]:
         return ["sum", "logits"]
 

@@ -1,0 +1,1 @@
+"""OpenVINO as an lmopt backend. Kept empty: lmopt imports the spec, which must stay light."""

@@ -1,0 +1,56 @@
+"""A cache of its own, a closed network, and the real model where it is there."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from lmopt.testing.workshop import Workshop
+
+ASSETS = Path(os.environ.get("LMOPT_TEST_ASSETS") or Path.home() / ".cache" / "lmopt-test-assets")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    def refuse(*_args, **_keywords):
+        raise RuntimeError("a test tried to reach the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="session")
+def workshop():
+    """The kit's tiny models, each exported once."""
+    with Workshop() as made:
+        yield made
+
+
+def asset(name):
+    path = ASSETS / name
+    if not path.exists():
+        what = f"{path} is not there; fetch it with lmopt's scripts/fetch_test_assets.py"
+        if os.environ.get("LMOPT_REQUIRE_ASSETS") == "1":
+            pytest.fail(f"{what} (LMOPT_REQUIRE_ASSETS=1 forbids skipping)")
+        pytest.skip(what)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct as a Hugging Face folder."""
+    return asset("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def wiki_text():
+    """The text of lmopt's perplexity figures."""
+    return asset("wiki.txt").read_text(encoding="utf-8")

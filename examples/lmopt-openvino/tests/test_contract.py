@@ -1,0 +1,8 @@
+"""lmopt's own conformance kit, driven by what the spec declares."""
+
+from lmopt.testing import parametrize_backend_checks
+
+
+@parametrize_backend_checks("openvino")
+def test_contract(check):
+    check()
