@@ -9,22 +9,28 @@ puts environments and conversions. Peers:
 - `llama.cpp`: Q4_K_M with an importance matrix: the mean squares of each linear's inputs on the calibration
   rows, as its own `llama-imatrix` gathers them, handed to its quantizer. Needs `venvs/llamacpp` and
   `models/KEY/llamacpp-f32.gguf`.
+- `nncf`: 4 bits in groups of 64 with AWQ and scale estimation, embedding and head in 8 bits, as its defaults have
+  them. Needs `venvs/nncf` (`pip install nncf openvino transformers`, and this torch).
+- `genai`: the weights of onnxruntime-genai's own builder (`int4`, its defaults). Needs `models/KEY/genai-int4`.
 - `torchao`: the scales of its AWQ observer and its int4 weights in groups of 64, each linear by itself. Needs
   `venvs/torchao` (`pip install torchao`, and this torch). Its GPTQ runs on CUDA only.
 
-Each peer's weights are dequantized and computed with in float; lmopt then gets as many bytes for the same tensors by
-`Mixed`. What is missing is named. Nothing is fetched but the default model.
+Each peer's weights are dequantized and computed with in float (NNCF's by OpenVINO in float32, where AWQ's scales may be
+operators of their own; genai's by ONNX Runtime without rounded activations); lmopt then gets as many bytes for the same
+tensors by `Mixed`. What is missing is named. Nothing is fetched but the default model.
 """
 
 import argparse
 import copy
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +43,17 @@ from lmopt import Compressor, Model
 from lmopt.artifact import cache_folder
 from lmopt.backends.torch.calibration import gathering, logits_of
 from lmopt.backends.torch.quantizing import find_weights, put
+from lmopt.backends.torch.reference import FullForward
 from lmopt.cli.assets import fetch_smollm2
 from lmopt.compression import AWQ, GPTQ, Calibration, Mixed
 from lmopt.compression.step import Step
 from lmopt.compressor import compare_models
+from lmopt.evaluation.loss import CompressionReport, Pieces, measure_loss
 from lmopt.evaluation.tolerances import Tolerance
 
 _ANY = Tolerance("any", kl_mean=float("inf"), top1=0.0, perplexity_ratio=float("inf"))
+# Windows of the scored text, as `compare_models` cuts them.
+_WINDOW = 512
 # Names of llama.cpp's tensors for those of a Llama.
 _LLAMA = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -81,10 +91,59 @@ for path in sorted({key.partition(":")[0] for key in given}):
     made[path] = (linear.weight.dequantize() / scales).contiguous()
 save_file(made, sys.argv[2])
 """
+_NNCF = """
+import json, sys
+import numpy as np, nncf, openvino as ov, torch
+from transformers import AutoModelForCausalLM
+folder, given, made = sys.argv[1:]
+given = dict(np.load(given))
+rows, windows = given.pop("rows"), [given[name] for name in sorted(given)]
+source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+class Logits(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.source = source
+    def forward(self, ids):
+        # Said outright, so that the masks' own code, which OpenVINO cannot convert, is not traced.
+        places = torch.ones_like(ids).cumsum(1) - 1
+        mask = (places[:, None, None, :] > places[:, None, :, None]) * -1e9
+        return self.source(input_ids=ids, position_ids=places, attention_mask=mask, use_cache=False).logits
+with torch.no_grad():
+    whole = ov.convert_model(Logits(), example_input=torch.from_numpy(rows[:1]), input=[ov.PartialShape([1, -1])])
+small = nncf.compress_weights(
+    whole, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=64, ratio=1.0, awq=True, scale_estimation=True,
+    dataset=nncf.Dataset([row[None] for row in rows]), subset_size=len(rows),
+)
+size = sum(one.get_byte_size() for one in small.get_ops() if one.get_type_name() == "Constant")
+options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+run = ov.compile_model(small, "CPU", options)
+np.savez(made, size=size, **{name: run([row[None]])[0][0] for name, row in given.items()})
+"""
 
 
 class MissingError(Exception):
     """What a peer needs and is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a peer is given.
+
+    Attributes:
+        model: The float model.
+        source: Its folder.
+        peers: Folder of environments and conversions.
+        rows: Calibration texts as ids.
+        windows: What is scored, as ids.
+        folder: An empty folder of its own.
+    """
+
+    model: Model
+    source: Path
+    peers: Path
+    rows: list[Any]
+    windows: list[Any]
+    folder: Path
 
 
 def environment(peers: Path, name: str) -> Path:
@@ -107,10 +166,62 @@ def run(python: Path, code: str, *arguments: Path) -> None:
         raise MissingError(f"it failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:300]}")
 
 
-def llama_cpp(model: Model, source: Path, peers: Path, rows: list[Any], folder: Path) -> tuple[Model, int]:
+def nncf(asked: Asked) -> tuple[Pieces, int]:
+    """Quantize by NNCF, and let OpenVINO compute the logits in float32; embedding and head have 8 bits."""
+    python = environment(asked.peers, "nncf")
+    windows = {f"window{number:04d}": row for number, row in enumerate(asked.windows)}
+    np.savez(asked.folder / "given.npz", rows=np.stack(asked.rows), **windows)
+    run(python, _NNCF, asked.source, asked.folder / "given.npz", asked.folder / "made.npz")
+    made = dict(np.load(asked.folder / "made.npz"))
+    return stored_logits(asked, [made[name] for name in windows]), int(made["size"])
+
+
+def genai(asked: Asked) -> tuple[Pieces, int]:
+    """Take the weights of onnxruntime-genai's builder; ONNX Runtime computes with them in float32."""
+    import onnx
+    import onnxruntime
+
+    whole = asked.peers / "models" / model_key(asked.source) / "genai-int4"
+    if not whole.exists():
+        raise MissingError(f"{whole} is not there; python benchmarks/make_peers.py converts the model")
+    graph = onnx.load(whole / "model.onnx", load_external_data=False)
+    for node in graph.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 1  # activations stay float32
+    onnx.save(graph, asked.folder / "model.onnx")
+    for file in whole.glob("*.data"):
+        shutil.copy(file, asked.folder)
+    session = onnxruntime.InferenceSession(asked.folder / "model.onnx", providers=["CPUExecutionProvider"])
+    config = json.loads((asked.source / "config.json").read_text(encoding="utf-8"))
+    heads = config["num_key_value_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    nothing = np.zeros((1, heads, 0, width), np.float32)
+    logits = []
+    for row in asked.windows:
+        inputs = {one.name: nothing for one in session.get_inputs()}
+        inputs |= {"input_ids": row[None], "attention_mask": np.ones((1, len(row)), np.int64)}
+        logits.append(session.run(["logits"], inputs)[0][0])
+    size = sum(file.stat().st_size for file in whole.glob("*.data"))
+    return stored_logits(asked, logits), size
+
+
+def stored_logits(asked: Asked, logits: list[Any]) -> Pieces:
+    """Give logits that a peer has computed, as `measure_loss` reads those of a model."""
+    found = {row.tobytes(): one for row, one in zip(asked.windows, logits, strict=True)}
+
+    def pieces(ids: Any, size: int) -> Any:
+        one = found[ids.tobytes()]
+        return (one[start : start + size] for start in range(0, len(one), size))
+
+    return pieces
+
+
+def llama_cpp(asked: Asked) -> tuple[Model, int]:
     """Quantize by llama.cpp; give the model of the dequantized weights and the bytes of its tensors."""
     import gguf
 
+    model, source, peers, rows, folder = asked.model, asked.source, asked.peers, asked.rows, asked.folder
     python = environment(peers, "llamacpp")
     whole = peers / "models" / model_key(source) / "llamacpp-f32.gguf"
     if not whole.exists():
@@ -130,8 +241,9 @@ def llama_cpp(model: Model, source: Path, peers: Path, rows: list[Any], folder: 
     return Model.from_pretrained(target), size
 
 
-def torchao(model: Model, source: Path, peers: Path, rows: list[Any], folder: Path) -> tuple[Model, int]:
+def torchao(asked: Asked) -> tuple[Model, int]:
     """Quantize by torchao's AWQ; embedding and head stay in float."""
+    model, peers, rows, folder = asked.model, asked.peers, asked.rows, asked.folder
     python = environment(peers, "torchao")
     paths = [one.path for one in find_weights(model.module, model.facts.vocab_size) if one.part == "linear"]
     given: dict[str, torch.Tensor] = {}
@@ -163,7 +275,7 @@ def torchao(model: Model, source: Path, peers: Path, rows: list[Any], folder: Pa
     return model.with_module(module), size
 
 
-PEERS: Mapping[str, Any] = {"llama.cpp": llama_cpp, "torchao": torchao}
+PEERS: Mapping[str, Any] = {"llama.cpp": llama_cpp, "nncf": nncf, "genai": genai, "torchao": torchao}
 
 
 def ours(model: Model, size: int, calibration: Calibration, text: str, *, head: bool) -> Model:
@@ -193,6 +305,14 @@ def ours(model: Model, size: int, calibration: Calibration, text: str, *, head: 
     return Compressor(steps, tolerance=_ANY).compress(model, calibration=calibration, texts=[text])
 
 
+def scored(asked: Asked, other: Model | Pieces, size: int, text: str) -> CompressionReport:
+    """Hold what a peer gave against the float model."""
+    if isinstance(other, Model):
+        return compare_models(asked.model, other, texts=[text])
+    reference = FullForward(asked.model.module, lean=True).pieces
+    return measure_loss(reference, other, asked.windows, bytes=size, float_bytes=0, texts="given")
+
+
 def main() -> None:
     """Measure, and print a table in Markdown as it comes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -214,6 +334,8 @@ def main() -> None:
     text = model.tokenizer.decode(model.tokenizer.encode(words)[: options.tokens])
     calibration = Calibration((options.calibration.read_text(encoding="utf-8"),), rows=options.rows)
     rows = calibration.cut(model.tokenizer, model.facts.context_length)
+    ids = np.array(model.tokenizer.encode(text), np.int64)
+    windows = [ids[start : start + _WINDOW] for start in range(0, len(ids), _WINDOW) if len(ids) - start > 1]
     found: list[dict[str, Any]] = []
     print("| weights | MB | KL | perplexity | top-1 | seconds |\n|---|---|---|---|---|---|", flush=True)
     for name in options.only:
@@ -223,12 +345,11 @@ def main() -> None:
             try:
                 if who == name:
                     with tempfile.TemporaryDirectory() as folder:
-                        other, size = PEERS[name](
-                            model, source, options.peers.expanduser(), rows, Path(folder)
-                        )
-                    report = compare_models(model, other, texts=[text])
+                        asked = Asked(model, source, options.peers.expanduser(), rows, windows, Path(folder))
+                        other, size = PEERS[name](asked)
+                    report = scored(asked, other, size, text)
                 else:
-                    small = ours(model, size, calibration, text, head=name == "llama.cpp")
+                    small = ours(model, size, calibration, text, head=name != "torchao")
                     assert small.report is not None
                     report, size = small.report, small.report.bytes
             except MissingError as missing:

@@ -7,6 +7,7 @@ import pytest
 
 from lmopt import Model
 from lmopt.artifact import Artifact
+from lmopt.compression import GPTQ
 
 
 @pytest.fixture
@@ -68,6 +69,31 @@ def test_a_loss_over_the_limit_writes_nothing(call, tiny: str, tmp_path: Path) -
     assert result.data["error"]["type"] == "ParityError"
     assert result.data["parity"]["difference"]["kl_mean"] > 1e-9
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(
+    call, tiny: str, tmp_path: Path, book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "compress", tiny, tmp_path / "new" / "out", "--recipe", "gptq", "--set", "group_size=16",
+        "--calibration", book, "--rows", "8", "--row-tokens", "32",
+    )  # fmt: skip
+    apply, seen = GPTQ.apply, []
+
+    def interrupted(self, weight, form, name, statistics=None):
+        seen.append(name)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return apply(self, weight, form, name, statistics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPTQ, "apply", interrupted)
+        assert call(*words).status == 130
+    assert len(seen) == 6
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "new" / "out").exists()
+    assert call(*words).status == 0
+    assert Model.from_pretrained(tmp_path / "new" / "out").recipe[0]["step"] == "gptq"
 
 
 def test_a_loss_that_is_unusual_is_a_warning(call, tiny: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lmopt.compression.recipe import load_recipe, save_recipe
 from lmopt.compression.round_to_nearest import Quantize
 from lmopt.compression.smoothquant import SmoothQuant
 from lmopt.compression.sparsegpt import SparseGPT
+from lmopt.compression.step import UnknownModuleWarning
 from lmopt.compression.wanda import Wanda
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Quantize",
     "SmoothQuant",
     "SparseGPT",
+    "UnknownModuleWarning",
     "Wanda",
     "load_recipe",
     "save_recipe",

@@ -10,6 +10,10 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of a stage of the work, the steps done and their total."""
 
 
+class UnknownModuleWarning(UserWarning):
+    """A model holds weights in modules of a type that a step does not know; they stay as they are."""
+
+
 def silent(stage: str, done: int, total: int) -> None:
     """Tell nobody of progress."""
 

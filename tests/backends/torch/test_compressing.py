@@ -1,6 +1,6 @@
 """Steps that change one matrix at a time, applied to whole models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from lmopt.backends.torch.compressing import by_matrix, relative_error
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.backends.torch.quantizing import find_weights, matrix_of
 from lmopt.backends.torch.scaling import find_producer
-from lmopt.compression import AWQ, GPTQ, Quantize, SparseGPT
+from lmopt.compression import AWQ, GPTQ, HQQ, Quantize, SparseGPT, UnknownModuleWarning
 from lmopt.compression.hessian import damped
 from lmopt.compression.statistics import Statistics
 from lmopt.compression.step import Setting
@@ -192,6 +192,78 @@ def test_tied_weights_stay_one():
 def test_an_override_that_matches_nothing_names_near_ones():
     with pytest.raises(UnsupportedOptionError, match=r"down_proj"):
         by_matrix(tiny_llama(), GPTQ(4, 16, overrides={"*.downproj": None}), setting())
+
+
+class Recurrent(nn.Module):
+    """A language model whose blocks are no stack of linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 16)
+        self.mix = nn.Conv1d(16, 16, 3, padding=2)
+        self.rnn = nn.GRU(16, 16, batch_first=True)
+        self.head = nn.Linear(16, VOCAB)
+
+    def forward(self, ids):
+        mixed = self.mix(self.embed(ids).transpose(1, 2))[..., : ids.shape[1]]
+        return self.head(self.rnn(mixed.transpose(1, 2))[0])
+
+
+@pytest.mark.parametrize(
+    "step", [Quantize(8, 16), GPTQ(4, 16), SparseGPT(overrides={"head": {"sparsity": 0.5}})]
+)
+def test_modules_of_other_types_stay_as_they_are_and_are_named(step):
+    module = Recurrent().eval()
+    with pytest.warns(UnknownModuleWarning, match=r"rnn \(GRU, 1,536 weights\), mix \(Conv1d, 768 weights\)"):
+        small = by_matrix(module, step, setting())
+    for name in ("rnn", "mix"):
+        mine, theirs = (one.get_submodule(name).state_dict() for one in (small, module))
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert torch.isfinite(small(torch.zeros(1, 4, dtype=torch.long))).all()
+
+
+def test_a_model_with_nothing_that_a_step_knows_is_refused():
+    module = nn.Sequential(nn.GRU(8, 8))
+    with pytest.raises(UnsupportedOptionError, match="no linear or embedding"):
+        by_matrix(module, Quantize(8, 16), setting())
+
+
+def test_models_of_linears_alone_warn_of_nothing(recwarn):
+    for kind in ("llama", "gpt2", "gpt"):
+        by_matrix(build(kind), Quantize(8, 16), setting())
+    assert not [one for one in recwarn if one.category is UnknownModuleWarning]
+
+
+@pytest.mark.parametrize("step", [Quantize(4, 16), GPTQ(4, 16), AWQ(4, 16, n_grid=3), SparseGPT()])
+def test_an_interrupted_run_leaves_the_model_as_it_was(step):
+    module = tiny_llama()
+    before = {name: one.clone() for name, one in module.state_dict().items()}
+    used = setting()
+
+    def stop(stage, done, total):
+        if stage == step.name and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        by_matrix(module, step, Setting(VOCAB, used.rows, stop))
+    assert all(torch.equal(one, before[name]) for name, one in module.state_dict().items())
+    assert not any(one._forward_pre_hooks or one._forward_hooks for one in module.modules())
+    again, fresh = (by_matrix(one, step, used).state_dict() for one in (module, tiny_llama()))
+    assert all(torch.equal(again[name], fresh[name]) for name in fresh)
+
+
+@pytest.mark.parametrize("step", [Quantize(4, 24), Quantize(4, 24, symmetric=False), GPTQ(4, 24), HQQ(4, 24)])
+def test_groups_that_do_not_divide_a_row_are_filled_up(step):
+    module = tiny_llama()
+    columns = matrix_of(module.model.layers[0].self_attn.q_proj).shape[1]
+    assert columns % 24
+    small = by_matrix(module, step, setting())
+    part = small.model.layers[0].self_attn.q_proj
+    assert part.grid.groups == -(-columns // 24)
+    assert part.array().values().shape == (columns, columns)
+    even = by_matrix(module, replace(step, group_size=columns // 2), setting())
+    ours, theirs = ((logits(one) - logits(module)).pow(2).mean() for one in (small, even))
+    assert ours < 2 * theirs
 
 
 def test_a_damaged_weight_is_named():

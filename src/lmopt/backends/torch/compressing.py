@@ -1,8 +1,9 @@
 """Apply steps that change one matrix at a time: quantizers and pruners of single weights."""
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,9 +17,12 @@ from lmopt.backends.torch.scaling import find_producer, multiply
 from lmopt.compression.layout import QuantizedArray
 from lmopt.compression.scaling import scaled
 from lmopt.compression.statistics import Statistics
-from lmopt.compression.step import Setting
+from lmopt.compression.step import Setting, UnknownModuleWarning
 from lmopt.errors import UnsupportedOptionError
 from lmopt.types import FloatArray
+
+# Modules that a warning names.
+_NAMED: Final = 3
 
 
 def by_matrix(module: nn.Module, step: Any, setting: Setting) -> nn.Module:
@@ -37,11 +41,15 @@ def by_matrix(module: nn.Module, step: Any, setting: Setting) -> nn.Module:
         InputError: A weight is not finite.
         UnsupportedOptionError: A pattern matches nothing, tied weights would be changed differently, or
             there is nothing to change.
+
+    Warns:
+        UnknownModuleWarning: Some matrices are in modules of another type, and stay as they are.
     """
     weights = find_weights(module, setting.vocab_size)
     step.check_names([one.path for one in weights])
     forms: Mapping[str, Any] = {one.path: step.form(one.path, one.part) for one in weights}
     _check_forms(module, weights, forms)
+    _tell_unknown(module, weights, step.name)
     changing = [one for one in weights if forms[one.path] is not None]
     small = shallow_copy(module)
     tied: dict[str, list[str]] = {}
@@ -175,6 +183,34 @@ def _check_forms(module: nn.Module, weights: list[Weight], forms: Mapping[str, A
             f"{type(module).__name__} has no linear or embedding that this step would change"
             + (" (its weights are quantized already)" if quantized_parts(module) else "")
         )
+
+
+def _tell_unknown(module: nn.Module, weights: list[Weight], name: str) -> None:
+    """Warn of matrices that no step changes: a recurrence's, a convolution's, experts in one tensor."""
+    known = {one.path for one in weights}
+    unknown: dict[str, int] = {}
+    for path, part in module.named_modules():
+        # Of embeddings, the tokens' is meant; positions are few, and looked up.
+        if path in known or isinstance(part, nn.Embedding):
+            continue
+        count = sum(one.numel() for one in part.parameters(recurse=False) if one.dim() > 1)
+        if count:
+            unknown[path] = count
+    if not unknown:
+        return
+    largest = sorted(unknown, key=lambda path: -unknown[path])
+    listed = [
+        f"{path or 'the model itself'} ({type(module.get_submodule(path)).__name__}, {unknown[path]:,} weights)"
+        for path in largest[:_NAMED]
+    ]
+    more = f" and {len(largest) - _NAMED} more" if len(largest) > _NAMED else ""
+    warnings.warn(
+        f"step {name!r} changes nn.Linear, GPT-2's Conv1D and the token embedding. Of the model's weights, "
+        f"{sum(unknown.values()) / max(1, sum(one.numel() for one in module.parameters())):.1%} are in modules of "
+        f"other types and stay as they are: {', '.join(listed)}{more}",
+        UnknownModuleWarning,
+        stacklevel=2,
+    )
 
 
 def _told(form: Any) -> str:
