@@ -329,15 +329,26 @@ def test_where_the_reference_is_uncertain_a_larger_error_passes(uncertain, by, o
     report = measure(reference(), shifted(33, 20, by), rounding=rounding)
     verdicts = {case.case: case.ok for case in report.cases}
     assert verdicts == dict.fromkeys(CASES, True) | {"prefill": ok}
-    assert asked == [33 + 2 + 6], "only the row in doubt is read again, once"
+    again = [33 + 2 + 6] if uncertain is None else [33 + 2 + 6, 130 + 4 + 6]
+    assert asked == again, "only the row in doubt and the longest are read again, once"
 
 
 def test_uncertainty_excuses_its_own_position_only():
     def rounding(ids):
-        return (np.arange(len(ids)) != 20).astype(np.float32)
+        return ((len(ids) == 33 + 2 + 6) & (np.arange(len(ids)) != 20)).astype(np.float32)
 
     assert not measure(reference(), shifted(33, 20, 4e-4), rounding=rounding).ok
     assert measure(reference(), shifted(33, 19, 4e-4), rounding=rounding).ok
+
+
+@pytest.mark.parametrize(("share", "ok"), [(0.6, True), (0.4, False)])
+def test_no_position_is_more_certain_than_half_of_the_longest_row(share, ok):
+    def rounding(ids):
+        return (
+            np.full(len(ids), 1e-4, np.float32) * (len(ids) > 100) * (np.arange(len(ids)) < share * len(ids))
+        )
+
+    assert measure(reference(), shifted(33, 20, 4e-4), rounding=rounding).ok == ok
 
 
 @pytest.mark.parametrize(("position", "ok"), [(135, True), (0, False), (134, False)])

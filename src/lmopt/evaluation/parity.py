@@ -31,8 +31,9 @@ floating-point operations alone makes to the reference's logits at each position
 model offers no second order."""
 
 # Two sums in float32 that differ only by their order differ by random walks of like size: three times
-# the one that was seen covers another engine's order. The cap keeps a model whose own cache is broken
-# from excusing everything.
+# the one that was seen covers another engine's order. One walk may end where it began, and the first
+# piece of a row is read as the whole row is, so no position counts as more certain than half of those
+# of the longest row. The cap keeps a model whose own cache is broken from excusing everything.
 _ROUNDING_SHARE = 3.0
 _MOST_SLACK = 10.0
 _PIECE = 7
@@ -68,8 +69,9 @@ def measure(
         lengths: Prompt lengths, cut down to the context.
         new_tokens: Tokens of the greedy case, at least 1.
         rounding: What the order of operations does to the reference itself. Positions at which a
-            model is badly conditioned (byte fragments, attention sinks) then get three times that,
-            at most ten times `atol`, on top of the limit; the divergence and top-1 limits stay.
+            model is badly conditioned (byte fragments, attention sinks) then get three times that, or
+            three times the median over the longest row where that is more, at most ten times `atol`,
+            on top of the limit; the divergence and top-1 limits stay.
         progress: Called with the number of cases done and their total.
 
     Returns:
@@ -136,7 +138,8 @@ class Examination:
     ) -> None:
         self._limits = tolerance or tolerance_for(dtype)
         self._rows = make_rows(facts, prompts, lengths, seed)
-        self._oracle = _Oracle(reference, rounding, facts, self._limits)
+        longest = max(self._rows, key=lambda row: len(row.ids)).ids
+        self._oracle = _Oracle(reference, rounding, _median(rounding, longest), facts, self._limits)
         self._logits = {row.number: self._oracle.logits(row.ids) for row in self._rows}
         self._new_tokens = max(1, new_tokens)
         self._progress = progress
@@ -257,6 +260,17 @@ def engine_rounding(engine: Engine) -> Rounding:
     return rounding
 
 
+def _median(rounding: Rounding | None, ids: IntArray) -> Callable[[], float]:
+    """Make what gives the median of the rounding of a row, measured once, and only if it is asked for."""
+
+    @cache
+    def median() -> float:
+        found = None if rounding is None else rounding(ids)
+        return 0.0 if found is None else float(np.median(found))
+
+    return median
+
+
 _Slack: TypeAlias = Callable[[], NDArray[np.float64]]
 
 
@@ -266,6 +280,7 @@ class _Oracle:
 
     reference: Reference
     rounding: Rounding | None
+    usual: Callable[[], float]
     facts: ModelFacts
     limits: Tolerance
 
@@ -287,7 +302,8 @@ class _Oracle:
             if uncertain is None:
                 return np.zeros(len(ids))
             most = _MOST_SLACK * (self.limits.atol or 0.0)
-            return np.minimum(_ROUNDING_SHARE * uncertain.astype(np.float64), most)
+            shares: NDArray[np.float64] = _ROUNDING_SHARE * np.maximum(uncertain, self.usual())
+            return np.minimum(shares, most)
 
         return slack
 
