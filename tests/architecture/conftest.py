@@ -1,8 +1,15 @@
-"""A tiny model as a Hugging Face folder, for tests that run lmopt in a process of its own."""
+"""A tiny model as a Hugging Face folder, for tests that run lmopt in a process of its own; and the distributions."""
 
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 TEXT = "the cat sat on the mat and the dog ran to the door of the old house by the sea"
 
@@ -41,3 +48,23 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def build(missing: Callable[[str], NoReturn]) -> Callable[[Path, str, Path], Path]:
+    """Builds the `"wheel"` or the `"sdist"` of a source folder into an empty folder."""
+    if importlib.util.find_spec("hatchling") is None:
+        missing(f"building lmopt needs hatchling; install it: {sys.executable} -m pip install hatchling")
+
+    def build(source: Path, kind: str, folder: Path) -> Path:
+        command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)]
+        subprocess.run(command, cwd=source, check=True, capture_output=True)
+        return next(one for one in folder.iterdir() if one.name.endswith((".whl", ".tar.gz")))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def wheel(build: Callable[[Path, str, Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that would be published."""
+    return build(ROOT, "wheel", tmp_path_factory.mktemp("wheel"))

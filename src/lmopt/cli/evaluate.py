@@ -1,4 +1,4 @@
-"""`lmopt eval`: perplexity of a text, and exposure of secrets."""
+"""`lmopt eval`: perplexity of a text, tasks of lm-evaluation-harness, and exposure of secrets."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +9,7 @@ from lmopt.cli.canaries import exposures
 from lmopt.cli.opening import open_runtime
 from lmopt.cli.options import Backend, Device, Dtype, Source, Threads, Trust
 from lmopt.cli.output import Output
+from lmopt.cli.tasks import scores
 
 
 def evaluate(
@@ -26,6 +27,31 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness to measure instead, separated by commas: names, patterns "
+            "with *, or .yaml files.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Of tasks: use only so many items of each.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Of tasks: solved examples in front of each item.")
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder with task files of your own; they may run code."
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Of tasks: write items by the chat template.")] = False,
+    allow_network: Annotated[
+        bool, typer.Option("--allow-network", help="Of tasks: fetch data that are not on this machine.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of tasks: most rows in one call.")] = 8,
     tokens: Annotated[int | None, typer.Option(min=2, help="Use only so many tokens from the start.")] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 512,
@@ -35,20 +61,32 @@ def evaluate(
     threads: Threads = None,
     trust: Trust = False,
 ) -> None:
-    """Measure perplexity: how well a model predicts a text, with its standard error; or exposure: memorised secrets."""
-    if (text is None) == (canaries is None):
-        raise typer.BadParameter("give a text, or canaries", param_hint="--text")
+    """Measure how good a model is: perplexity of a text, scores on tasks, or exposure of memorised secrets."""
+    if sum(one is not None for one in (text, canaries, tasks)) != 1:
+        raise typer.BadParameter("give one of a text, canaries and tasks", param_hint="--text")
+    engine = {"backend": backend, "device": device, "dtype": dtype, "threads": threads, "trust": trust}
     if canaries is not None:
-        with open_runtime(
-            out, source, backend=backend, device=device, dtype=dtype, threads=threads, trust=trust
-        ) as runtime:
+        with open_runtime(out, source, **engine) as runtime:
             exposures(out, runtime, canaries)
+        return
+    if tasks is not None:
+        with open_runtime(out, source, **engine) as runtime:
+            scores(
+                out,
+                runtime,
+                tasks,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                include_path=include_path,
+                chat=chat,
+                allow_network=allow_network,
+                batch_size=batch_size,
+                trust=trust,
+            )
         return
     assert text is not None
     words = text.read_text(encoding="utf-8")
-    with open_runtime(
-        out, source, backend=backend, device=device, dtype=dtype, threads=threads, trust=trust
-    ) as runtime:
+    with open_runtime(out, source, **engine) as runtime:
         with out.progress() as tell:
             found = runtime.perplexity(
                 words,
@@ -57,9 +95,9 @@ def evaluate(
                 stride=stride,
                 progress=lambda done, total: tell("perplexity", done, total),
             )
-        engine = runtime.report().actual
+        actual = runtime.report().actual
     out.text(
         f"perplexity {found.value:.3f} +- {found.stderr:.3f} ({found.tokens_scored:,} of {found.tokens:,} tokens "
-        f"scored, context {found.context}, stride {found.stride}) on {engine.backend} {engine.device} {engine.dtype}"
+        f"scored, context {found.context}, stride {found.stride}) on {actual.backend} {actual.device} {actual.dtype}"
     )
-    out.result({"perplexity": found, "text": text, "engine": engine})
+    out.result({"perplexity": found, "text": text, "engine": actual})

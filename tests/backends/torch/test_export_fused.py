@@ -3,8 +3,6 @@
 import collections
 import gc
 import json
-import os
-import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,8 +26,6 @@ from lmopt.registry import backends
 from lmopt.runtime import Runtime
 from lmopt.testing.models import CONTEXT_LENGTH, tiny_gpt, tiny_llama, tiny_lstm
 
-# A Python that has onnxruntime-genai; it wants another onnxruntime beside it than lmopt.
-GENAI = Path(os.environ.get("LMOPT_GENAI_PYTHON") or "/work/venvs/genai/bin/python")
 VOCAB = 99
 # Heads of 16: GroupQueryAttention rotates multiples of 16 only.
 SIZES = {
@@ -287,30 +283,6 @@ def test_genai_config_shares_the_buffer(export: Callable[[str], tuple[Model, Art
         config = json.loads(export(name)[1].file("genai_config.json").read_text())
         assert config["search"]["past_present_share_buffer"] is True
         assert ("position_ids" in config["model"]["decoder"]["inputs"]) == (name == "gpt2")
-
-
-def test_onnxruntime_genai_runs_the_folder(export: Callable[[str], tuple[Model, Artifact]]) -> None:
-    if not GENAI.exists():
-        pytest.skip(f"{GENAI} is not there; LMOPT_GENAI_PYTHON names a Python with onnxruntime-genai")
-    model, artifact = export("llama")
-    prompt = [5, 17, 40, 8, 23]
-    program = (
-        "import sys, json, numpy as np, onnxruntime_genai as og\n"
-        "model = og.Model(sys.argv[1]); params = og.GeneratorParams(model)\n"
-        "params.set_search_options(max_length=17, min_length=17)\n"
-        "generator = og.Generator(model, params)\n"
-        "generator.append_tokens(np.array(json.loads(sys.argv[2]), np.int32))\n"
-        "while not generator.is_done(): generator.generate_next_token()\n"
-        "print(json.dumps([int(one) for one in generator.get_sequence(0)]))\n"
-    )
-    done = subprocess.run(
-        [GENAI, "-c", program, str(artifact.path), json.dumps(prompt)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[5:] == read_again(model.module, prompt, 12)
 
 
 # Falling back -----------------------------------------------------------------------------------
