@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from lmopt.tokenizer import Tokenizer as Tokenizer
     from lmopt.training import TrainingConfig as TrainingConfig
     from lmopt.training import train as train
+    from lmopt.tuning import Constraints as Constraints
+    from lmopt.tuning import TuneResult as TuneResult
+    from lmopt.tuning import recommend as recommend
+    from lmopt.tuning import tune as tune
 
 __version__ = "0.1.0"
 
@@ -31,6 +35,7 @@ _HOMES = {
     "Artifact": "lmopt.artifact",
     "BatchResult": "lmopt.scaling",
     "Compressor": "lmopt.compressor",
+    "Constraints": "lmopt.tuning",
     "Exporter": "lmopt.exporter",
     "GenerationConfig": "lmopt.generation",
     "LmoptError": "lmopt.errors",
@@ -39,8 +44,11 @@ _HOMES = {
     "Runtime": "lmopt.runtime",
     "Tokenizer": "lmopt.tokenizer",
     "TrainingConfig": "lmopt.training",
+    "TuneResult": "lmopt.tuning",
     "batch": "lmopt.scaling",
+    "recommend": "lmopt.tuning",
     "train": "lmopt.training",
+    "tune": "lmopt.tuning",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

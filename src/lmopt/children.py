@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import numpy as np
 
@@ -102,20 +102,24 @@ class Channel:
 
 
 class Child:
-    """A process that runs a module of lmopt; its stdin and stdout are the channel, stderr is the caller's.
+    """A process that runs a module of lmopt; its stdin and stdout are the channel.
 
     Args:
         module: Module to run, which calls `serve`.
         environment: Variables to set for it.
+        stderr: Open file that takes its stderr; `None` lets it share the caller's.
     """
 
-    def __init__(self, module: str, *, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, module: str, *, environment: Mapping[str, str] | None = None, stderr: IO[bytes] | None = None
+    ) -> None:
         places = [place or os.getcwd() for place in sys.path]
         self.process = subprocess.Popen(
             # -P: what lies in the working directory is not imported by accident.
             [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=stderr,
             bufsize=0,
             env={
                 **os.environ,

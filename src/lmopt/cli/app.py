@@ -19,8 +19,11 @@ from lmopt.cli import (
     evaluate,
     export,
     launch,
+    recommend,
     run,
+    serve,
     train,
+    tune,
 )
 from lmopt.cli.verb import command
 
@@ -57,11 +60,14 @@ _VERBS: Final[dict[str, Callable[..., None]]] = {
     "build": build.build,
     "compress": compress.compress,
     "train": train.train,
+    "recommend": recommend.recommend,
+    "tune": tune.tune,
     "launch": launch.launch,
     "compare": compare.compare,
     "bench": bench.bench,
     "eval": evaluate.evaluate,
     "batch": batch.batch,
+    "serve": serve.serve,
     "backends": backends.list_backends,
     "doctor": doctor.doctor,
 }
