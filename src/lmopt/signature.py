@@ -15,7 +15,7 @@ import numpy as np
 
 from lmopt.contracts import PaddingSide
 from lmopt.errors import CorruptArtifactError, DtypeError, ShapeError, TokenIdError, UnsupportedError
-from lmopt.types import BATCH, DTYPE_BYTES, PAST, SOURCE, AnyArray, FloatArray, IntArray, TensorSpec
+from lmopt.types import BATCH, DTYPE_BYTES, PAST, SOURCE, AnyArray, FloatArray, IntArray, SourceFacts, TensorSpec
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -413,6 +413,63 @@ def check_step(
         bad = input_ids[valid & ((input_ids < 0) | (input_ids >= vocab_size))]
         if bad.size:
             raise TokenIdError(f"token id {int(bad[0])} is outside the vocabulary 0..{vocab_size - 1}")
+
+
+def check_sources(
+    inputs: AnyArray, lengths: IntArray, source: SourceFacts | None, *, ragged: bool
+) -> tuple[AnyArray, IntArray]:
+    """Refuse sources that do not fit before an engine sees them.
+
+    Args:
+        inputs: As for `lmopt.contracts.SupportsEncoder.encode`.
+        lengths: `(batch,)` positions of each row.
+        source: What the model's encoder takes.
+        ragged: Whether rows may be unequal.
+
+    Returns:
+        The inputs, int64 or float32, with zeros as padding, and their mask: `(batch, source)` int64.
+
+    Raises:
+        UnsupportedError: The model has no encoder.
+        DtypeError: Ids are not whole numbers, or features are.
+        ShapeError: Axes or sizes do not fit.
+        TokenIdError: An id that is not padding lies outside the encoder's vocabulary.
+    """
+    if source is None:
+        raise UnsupportedError("this model has no encoder; its rows begin with Engine.begin")
+    inputs, lengths = np.asarray(inputs), whole_numbers(lengths, "lengths")
+    axes = 2 if source.kind == "ids" else 3
+    wrong_size = inputs.ndim == 3 and inputs.shape[1] != source.size
+    if inputs.ndim != axes or 0 in inputs.shape or lengths.shape != inputs.shape[:1] or (axes == 3 and wrong_size):
+        wanted = "(batch, source)" if source.kind == "ids" else f"(batch, {source.size}, source)"
+        raise ShapeError(f"inputs have shape {inputs.shape} and lengths {lengths.shape}; expected {wanted} and (batch,)")
+    width = inputs.shape[-1]
+    if lengths.min() < 1 or lengths.max() > width or (source.fixed and (lengths != source.length).any()):
+        span = f"exactly {source.length}" if source.fixed else f"between 1 and {width}"
+        raise ShapeError(f"lengths are {lengths.tolist()}; each must be {span}")
+    if not ragged and lengths.min() != width:
+        raise ShapeError(
+            f"lengths are {lengths.tolist()}; this encoder has no mask, so each must be {width}"
+        )
+    mask = np.arange(width)[None] < lengths[:, None]
+    if source.kind == "ids":
+        inputs = np.where(mask, whole_numbers(inputs, "inputs"), 0)
+        if inputs.min() < 0 or inputs.max() >= source.size:
+            bad = inputs[(inputs < 0) | (inputs >= source.size)]
+            raise TokenIdError(f"source id {int(bad[0])} is outside the encoder's vocabulary 0..{source.size - 1}")
+    else:
+        if inputs.dtype.kind != "f":
+            raise DtypeError(f"inputs have dtype {inputs.dtype}; expected features in float32")
+        inputs = np.where(mask[:, None], inputs, 0).astype(np.float32, copy=False)
+    return inputs, mask.astype(np.int64)
+
+
+def state_begins_with_source() -> UnsupportedError:
+    """Make the error for `begin` where `encode` is meant."""
+    return UnsupportedError(
+        "this is an encoder-decoder: its rows begin with a source, by encode(inputs, lengths). "
+        "lmopt.generation.generate takes sources=[...]"
+    )
 
 
 def _pad_left(array: AnyArray, axis: int, pad: int) -> AnyArray:

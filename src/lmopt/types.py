@@ -1,7 +1,8 @@
 """Array aliases, dtype names and tensor descriptions shared by every room."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,3 +82,13 @@ class ModelFacts:
     parameters: int = 0
     architecture: str = ""
     source: SourceFacts | None = None
+
+    @classmethod
+    def from_dict(cls, stated: Mapping[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` wrote.
+
+        Raises:
+            TypeError: A field is unknown or missing.
+        """
+        source = stated.get("source")
+        return cls(**{**stated, "source": None if source is None else SourceFacts(**source)})

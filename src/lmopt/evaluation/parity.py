@@ -5,7 +5,7 @@ with those of the honest oracle: one full, unpadded, uncached forward pass of ea
 turns a failed report into `ParityError`, so that nothing that failed is published.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
@@ -15,18 +15,24 @@ from numpy.typing import NDArray
 
 from lmopt.contracts import Engine
 from lmopt.errors import ParityError, ShapeError
-from lmopt.evaluation.cases import CASES, Seen, greedy, make_rows
+from lmopt.evaluation.cases import CASES, Row, Seen, encoded, greedy, make_rows
 from lmopt.evaluation.divergence import DifferenceMeter
 from lmopt.evaluation.report import CaseResult, ParityReport
 from lmopt.evaluation.tolerances import Tolerance, tolerance_for
 from lmopt.generation.cohorts import for_unequal_rows
-from lmopt.types import FloatArray, IntArray, ModelFacts
+from lmopt.generation.sources import begin
+from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
-Reference: TypeAlias = Callable[[IntArray], FloatArray]
-"""From `(sequence,)` ids to `(sequence, vocab)` float32 logits, by a full forward without cache."""
+Reference: TypeAlias = Callable[..., FloatArray]
+"""From `(sequence,)` ids, and for encoder-decoders the source before them, to `(sequence, vocab)` float32 logits, by
+a full forward without cache."""
 
-Rounding: TypeAlias = Callable[[IntArray], FloatArray | None]
-"""From `(sequence,)` ids to `(sequence,)` float32: the largest difference that the order of
+Encoded: TypeAlias = Callable[[AnyArray], Mapping[str, AnyArray]]
+"""From a source to what a decoder holds of it, by the names of `lmopt.contracts.SupportsEncoder.encoded`, each with a
+first axis of size 1."""
+
+Rounding: TypeAlias = Callable[..., FloatArray | None]
+"""From `(sequence,)` ids, and for encoder-decoders the source before them, to `(sequence,)` float32: the largest difference that the order of
 floating-point operations alone makes to the reference's logits at each position; `None` where the
 model offers no second order."""
 
@@ -115,6 +121,8 @@ class Examination:
         new_tokens: As for `measure`.
         rounding: As for `measure`.
         progress: As for `measure`.
+        sources: For encoder-decoders: what is read before the rows; `None` draws some.
+        encoded: For encoder-decoders: what the reference holds of a source. The case `"encoder"` compares it.
 
     Raises:
         UnsupportedOptionError, UnsupportedError, InputError, ShapeError: As `measure`.
@@ -133,11 +141,16 @@ class Examination:
         new_tokens: int = 32,
         rounding: Rounding | None = None,
         progress: Callable[[int, int], None] | None = None,
+        sources: Sequence[AnyArray] | None = None,
+        encoded: Encoded | None = None,
     ) -> None:
         self._limits = tolerance or tolerance_for(dtype)
-        self._rows = make_rows(facts, prompts, lengths, seed)
+        self._rows = make_rows(facts, prompts, lengths, seed, sources)
+        self._encoded = {}
+        if encoded is not None:
+            self._encoded = {row.number: encoded(row.source) for row in self._rows if row.source is not None}
         self._oracle = _Oracle(reference, rounding, facts, self._limits)
-        self._logits = {row.number: self._oracle.logits(row.ids) for row in self._rows}
+        self._logits = {row.number: self._oracle.logits(row.ids, row) for row in self._rows}
         self._new_tokens = max(1, new_tokens)
         self._progress = progress
         self._ids = "random" if prompts is None else "text"
@@ -156,8 +169,9 @@ class Examination:
             EngineError: It returned logits of a wrong shape.
         """
         engine = for_unequal_rows(candidate)
-        slacks = {row.number: self._oracle.slack(row.ids) for row in self._rows}
+        slacks = {row.number: self._oracle.slack(row.ids, row) for row in self._rows}
         vocab = candidate.facts.vocab_size
+        self._compare_encoded(candidate)
         chosen = [case.choose(self._rows, vocab) for case in CASES.values()]
         for number, (name, case) in enumerate(CASES.items()):
             self._tell(number)
@@ -185,8 +199,8 @@ class Examination:
         meter = self._meters["greedy"] = DifferenceMeter(self._limits)
         read, steps = self._greedy
         for seen in steps:
-            ids = read[seen.row]
-            _judge(meter, self._oracle.logits(ids), seen, self._oracle.slack(ids))
+            ids, row = read[seen.row], self._rows[seen.row]
+            _judge(meter, self._oracle.logits(ids, row), seen, self._oracle.slack(ids, row))
         cases = [CaseResult.judge(name, one.result(), self._limits) for name, one in self._meters.items()]
         self._tell(len(CASES) + 1)
         return ParityReport(
@@ -197,6 +211,20 @@ class Examination:
             ids=self._ids,
             seed=self._seed,
         )
+
+    def _compare_encoded(self, candidate: Engine) -> None:
+        """Compare what candidate and reference hold of each source."""
+        if not any(self._encoded.values()):
+            return
+        meter = self._meters["encoder"] = DifferenceMeter(self._limits)
+        for number, shown in encoded(candidate, self._rows):
+            expected = self._encoded[number]
+            for name, array in shown.items():
+                own = expected[name][0].astype(np.float32)
+                # Behind a row's own source lies padding.
+                array = array[tuple(slice(size) for size in own.shape)]
+                meter.update(own, array)
+        self._encoded = {}
 
     def _tell(self, done: int) -> None:
         if self._progress is not None:
@@ -233,8 +261,8 @@ def require(
 def engine_reference(engine: Engine) -> Reference:
     """Make a reference of an engine: a fresh state and one call for each row."""
 
-    def logits(ids: IntArray) -> FloatArray:
-        state = engine.begin(1, capacity=len(ids))
+    def logits(ids: IntArray, source: AnyArray | None = None) -> FloatArray:
+        state = begin(engine, [source], capacity=len(ids))
         result, _ = engine.forward(ids[None, :], np.array([len(ids)], dtype=np.int64), state)
         return np.asarray(result[0])
 
@@ -245,13 +273,13 @@ def engine_rounding(engine: Engine) -> Rounding:
     """Make the rounding of an engine that is the reference: it reads a row at once and in pieces."""
     whole = engine_reference(engine)
 
-    def rounding(ids: IntArray) -> FloatArray:
-        state, parts = engine.begin(1, capacity=len(ids)), []
+    def rounding(ids: IntArray, source: AnyArray | None = None) -> FloatArray:
+        state, parts = begin(engine, [source], capacity=len(ids)), []
         for start in range(0, len(ids), _PIECE):
             piece = ids[None, start : start + _PIECE]
             logits, state = engine.forward(piece, np.array([piece.shape[1]], dtype=np.int64), state)
             parts.append(logits[0])
-        largest: FloatArray = np.abs(np.concatenate(parts) - whole(ids)).max(-1)
+        largest: FloatArray = np.abs(np.concatenate(parts) - whole(ids, source)).max(-1)
         return largest
 
     return rounding
@@ -269,8 +297,8 @@ class _Oracle:
     facts: ModelFacts
     limits: Tolerance
 
-    def logits(self, ids: IntArray) -> FloatArray:
-        logits = self.reference(ids)
+    def logits(self, ids: IntArray, row: Row) -> FloatArray:
+        logits = self.reference(ids) if row.source is None else self.reference(ids, row.source)
         if logits.shape != (len(ids), self.facts.vocab_size):
             raise ShapeError(
                 f"the reference gave logits of shape {logits.shape} for {len(ids)} tokens; "
@@ -278,12 +306,14 @@ class _Oracle:
             )
         return logits
 
-    def slack(self, ids: IntArray) -> _Slack:
+    def slack(self, ids: IntArray, row: Row) -> _Slack:
         """Make what gives `(tokens,)` slack of a row, measured once, and only if it is asked for."""
 
         @cache
         def slack() -> NDArray[np.float64]:
-            uncertain = self.rounding(ids) if self.rounding is not None else None
+            uncertain = None
+            if self.rounding is not None:
+                uncertain = self.rounding(ids) if row.source is None else self.rounding(ids, row.source)
             if uncertain is None:
                 return np.zeros(len(ids))
             most = _MOST_SLACK * (self.limits.atol or 0.0)

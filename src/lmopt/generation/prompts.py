@@ -12,14 +12,27 @@ Prompt: TypeAlias = str | Sequence[int] | IntArray
 """A text, or a row of token ids."""
 
 
-def as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
+def as_prompts(prompt: Any, *, features: bool = False) -> tuple[list[Prompt], bool]:
     """Tell one prompt from many.
+
+    Args:
+        prompt: One, or a list or array of them.
+        features: Whether they are features, `(size, positions)` float arrays, in the place of text.
 
     Raises:
         DtypeError: It is neither text nor ids.
         ShapeError: An array has more than two axes.
         InputError: A list mixes ids and prompts.
     """
+    if features:
+        if isinstance(prompt, np.ndarray):
+            return (list(prompt), True) if prompt.ndim == 3 else ([prompt], False)
+        if not isinstance(prompt, Sequence) or not all(isinstance(one, np.ndarray) for one in prompt):
+            raise DtypeError(
+                f"this model reads features: an array (size, positions) of float32, or a list of such, not "
+                f"{type(prompt).__name__}. For sound: Runtime.transcribe"
+            )
+        return list(prompt), True
     if isinstance(prompt, str):
         return [prompt], False
     if isinstance(prompt, np.ndarray):
@@ -40,6 +53,19 @@ def as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
     if any(numbers):
         raise InputError("a list of prompts holds texts or rows of ids, not single ids among them")
     return list(prompt), True
+
+
+def decoder_prompts(given: Any, count: int) -> list[Any]:
+    """Bring what decoders have been said to write into `count` rows of ids; empty ones where nothing is given.
+
+    Args:
+        given: A row of ids for all, a list with one a source, or `None`.
+        count: Number of sources.
+    """
+    if given is None:
+        return [[] for _ in range(count)]
+    rows, many = as_prompts(given)
+    return rows if many else rows * count
 
 
 def check_ids(ids: Sequence[int] | IntArray, vocab_size: int, what: str) -> IntArray:

@@ -1,14 +1,15 @@
 """Log-probabilities of given tokens."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from lmopt.contracts import Engine
-from lmopt.errors import ContextLengthError, EmptyPromptError
+from lmopt.errors import ContextLengthError, EmptyPromptError, InputError
 from lmopt.generation.prompts import check_ids
-from lmopt.types import FloatArray, IntArray
+from lmopt.generation.sources import begin, check_source
+from lmopt.types import AnyArray, FloatArray, IntArray
 
 _LOGIT_BYTES: Final = 128 * 2**20
 
@@ -17,6 +18,7 @@ def score(
     engine: Engine,
     rows: Sequence[Sequence[int] | IntArray],
     *,
+    sources: Sequence[Any] | None = None,
     batch_size: int = 8,
     logit_bytes: int = _LOGIT_BYTES,
 ) -> list[FloatArray]:
@@ -25,6 +27,7 @@ def score(
     Args:
         engine: Any engine.
         rows: Token ids, at least one a row, of any lengths.
+        sources: What the encoder reads before each row; `None` for models without one.
         batch_size: Most rows in one call of the engine.
         logit_bytes: Most bytes of logits in one call: longer rows are read in parts.
 
@@ -47,12 +50,18 @@ def score(
                 f"row {number} has {ids.size} tokens; the model's context has {facts.context_length}. "
                 f"Split it, or use perplexity, which slides a window."
             )
+    given = [None] * len(checked) if sources is None else list(sources)
+    if len(given) != len(checked):
+        raise InputError(f"{len(given)} sources were given for {len(checked)} rows. Give one a row.")
+    read = [check_source(one, facts, f"source {number}") for number, one in enumerate(given)]
     scores: list[FloatArray] = [np.empty(ids.size - 1, np.float32) for ids in checked]
     # Neighbours of like length waste little on padding.
     order = sorted((n for n in range(len(checked)) if checked[n].size > 1), key=lambda n: checked[n].size)
     width = max(1, logit_bytes // (4 * facts.vocab_size * max(1, min(batch_size, len(order)))))
     for batch in _batches(engine, checked, order, batch_size):
-        _score_batch(engine, [checked[n] for n in batch], [scores[n] for n in batch], width)
+        _score_batch(
+            engine, [checked[n] for n in batch], [read[n] for n in batch], [scores[n] for n in batch], width
+        )
     return scores
 
 
@@ -68,10 +77,16 @@ def _batches(engine: Engine, rows: list[IntArray], order: list[int], size: int) 
     return batches
 
 
-def _score_batch(engine: Engine, rows: list[IntArray], scores: list[FloatArray], width: int) -> None:
+def _score_batch(
+    engine: Engine,
+    rows: list[IntArray],
+    sources: list[AnyArray | None],
+    scores: list[FloatArray],
+    width: int,
+) -> None:
     """Score rows that ascend in length, `width` tokens of each at a time; fills `scores`."""
     # The last token is only predicted, never read.
-    state = engine.begin(len(rows), capacity=rows[-1].size - 1)
+    state = begin(engine, sources, capacity=rows[-1].size - 1)
     active = list(range(len(rows)))
     for start in range(0, rows[-1].size - 1, width):
         kept = [place for place, number in enumerate(active) if rows[number].size - 1 > start]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lmopt.backends.torch.language_model import Decoder, device_of, find_signature
+from lmopt.backends.torch.language_model import Decoder, device_of, find_signature, is_transformers
 from lmopt.errors import LmoptError, UnsupportedError
 from lmopt.signature import ATTENTION_MASK, POSITION_IDS, SOURCE_MASK, Signature, StateTensor
 from lmopt.types import SOURCE, SourceFacts
@@ -200,10 +200,32 @@ def as_encoder_decoder(decoder: EncoderDecoder) -> EncoderDecoder:
 
 
 def sample_inputs(source: SourceFacts, batch: int, length: int, device: torch.device | str) -> Tensor:
-    """Make sources to try a module with."""
+    """Make the same source for each row, to try a module with."""
     if source.kind == "ids":
-        return (torch.arange(batch * length, device=device) % source.size).reshape(batch, length)
-    return torch.linspace(-1, 1, batch * source.size * length, device=device).reshape(batch, source.size, length)
+        return (torch.arange(length, device=device) % source.size).repeat(batch, 1)
+    return torch.linspace(-1, 1, source.size * length, device=device).reshape(source.size, length).repeat(batch, 1, 1)
+
+
+def run_after_source(
+    module: nn.Module, source: SourceFacts, ids: Tensor, inputs: Tensor | None = None
+) -> Any:
+    """Run a module as its author wrote it, without a cache of ours, on a source and the ids after it.
+
+    Args:
+        module: A transformers model, or one that meets `EncoderDecoderModel`.
+        source: What its encoder reads.
+        ids: `(batch, sequence)` int64.
+        inputs: Sources; `None` for ones to try the module with.
+    """
+    model: Any = module
+    if inputs is None:
+        length = source.length if source.fixed and source.length else _TRIAL
+        inputs = sample_inputs(source, len(ids), length, ids.device)
+    if source.kind == "features":
+        inputs = inputs.to(next(module.parameters()).dtype)
+    if is_transformers(module):
+        return model(**{model.main_input_name: inputs}, decoder_input_ids=ids, use_cache=True)
+    return model(ids, model.encode(inputs))
 
 
 def _with_source_axes(decoder: EncoderDecoder, signature: Signature) -> Signature:
