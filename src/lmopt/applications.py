@@ -48,7 +48,9 @@ class Applications:
             UnsupportedError: The model has no encoder, or one that reads no text.
         """
         if self.facts.source is None or self.facts.source.kind != "ids":
-            raise UnsupportedError(f"{self._source} has no encoder that reads text; Runtime.generate continues one")
+            raise UnsupportedError(
+                f"{self._source} has no encoder that reads text; Runtime.generate continues one"
+            )
         many = not isinstance(texts, str)
         sources = [self._ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
         settings = self._config(config, options)

@@ -157,7 +157,9 @@ class Model:
         known = None if tokenizer is None else as_tokenizer(tokenizer)
         if is_transformers(module):
             if config is not None or vocab_size is not None or source is not None:
-                raise UnsupportedOptionError("a transformers model states its own config, vocab_size and source")
+                raise UnsupportedOptionError(
+                    "a transformers model states its own config, vocab_size and source"
+                )
             loaded = description.from_transformers(module, known)
             if context_length is not None:
                 loaded.facts = replace(loaded.facts, context_length=context_length)

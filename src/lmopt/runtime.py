@@ -215,7 +215,9 @@ class Runtime(Applications):
         if self.facts.source is not None:
             sources, rows = rows, decoder_prompts(decoder_input_ids, len(rows))
         elif decoder_input_ids is not None:
-            raise UnsupportedOptionError("decoder_input_ids are for encoder-decoder models; this one has no encoder")
+            raise UnsupportedOptionError(
+                "decoder_input_ids are for encoder-decoder models; this one has no encoder"
+            )
         found = generate(
             engine,
             rows,
@@ -258,7 +260,9 @@ class Runtime(Applications):
         if self.facts.source is not None:
             source, ids = ids, list(decoder_input_ids or ())
         elif decoder_input_ids is not None:
-            raise UnsupportedOptionError("decoder_input_ids are for encoder-decoder models; this one has no encoder")
+            raise UnsupportedOptionError(
+                "decoder_input_ids are for encoder-decoder models; this one has no encoder"
+            )
         return stream(
             engine,
             ids,
@@ -291,9 +295,7 @@ class Runtime(Applications):
         # The template writes special tokens itself.
         return tokenizer.encode(text, add_special_tokens=False)
 
-    def logits(
-        self, ids: Prompt | Sequence[Prompt], *, sources: Any = None
-    ) -> FloatArray | list[FloatArray]:
+    def logits(self, ids: Prompt | Sequence[Prompt], *, sources: Any = None) -> FloatArray | list[FloatArray]:
         """Compute the logits after each token.
 
         Args:
@@ -429,7 +431,9 @@ class Runtime(Applications):
             return None
         found, several = as_prompts(sources, features=self._reads_features)
         if several != many or len(found) != count:
-            raise InputError(f"{len(found)} sources were given for {count} texts. Give one for one text, a list for a list.")
+            raise InputError(
+                f"{len(found)} sources were given for {count} texts. Give one for one text, a list for a list."
+            )
         return [self._ids(one) for one in found]
 
     def _need_tokenizer(self) -> Tokenizer:

@@ -15,7 +15,17 @@ import numpy as np
 
 from lmopt.contracts import PaddingSide
 from lmopt.errors import CorruptArtifactError, DtypeError, ShapeError, TokenIdError, UnsupportedError
-from lmopt.types import BATCH, DTYPE_BYTES, PAST, SOURCE, AnyArray, FloatArray, IntArray, SourceFacts, TensorSpec
+from lmopt.types import (
+    BATCH,
+    DTYPE_BYTES,
+    PAST,
+    SOURCE,
+    AnyArray,
+    FloatArray,
+    IntArray,
+    SourceFacts,
+    TensorSpec,
+)
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -318,7 +328,9 @@ class Signature:
         if any(pads) and not self.has_mask and self.grows:
             raise ShapeError("rows of unequal length cannot share a growing state without an attention mask")
         for one in self.state:
-            sources = {state.tensors[one.past.name].shape[one.source_axis] for state in states if one.source_axis}
+            sources = {
+                state.tensors[one.past.name].shape[one.source_axis] for state in states if one.source_axis
+            }
             if len(sources) > 1 and not self.has_source_mask:
                 raise ShapeError(
                     f"rows with sources of {sorted(sources)} positions cannot share a state without a mask for them"
@@ -440,23 +452,30 @@ def check_sources(
     inputs, lengths = np.asarray(inputs), whole_numbers(lengths, "lengths")
     axes = 2 if source.kind == "ids" else 3
     wrong_size = inputs.ndim == 3 and inputs.shape[1] != source.size
-    if inputs.ndim != axes or 0 in inputs.shape or lengths.shape != inputs.shape[:1] or (axes == 3 and wrong_size):
+    if (
+        inputs.ndim != axes
+        or 0 in inputs.shape
+        or lengths.shape != inputs.shape[:1]
+        or (axes == 3 and wrong_size)
+    ):
         wanted = "(batch, source)" if source.kind == "ids" else f"(batch, {source.size}, source)"
-        raise ShapeError(f"inputs have shape {inputs.shape} and lengths {lengths.shape}; expected {wanted} and (batch,)")
+        raise ShapeError(
+            f"inputs have shape {inputs.shape} and lengths {lengths.shape}; expected {wanted} and (batch,)"
+        )
     width = inputs.shape[-1]
     if lengths.min() < 1 or lengths.max() > width or (source.fixed and (lengths != source.length).any()):
         span = f"exactly {source.length}" if source.fixed else f"between 1 and {width}"
         raise ShapeError(f"lengths are {lengths.tolist()}; each must be {span}")
     if not ragged and lengths.min() != width:
-        raise ShapeError(
-            f"lengths are {lengths.tolist()}; this encoder has no mask, so each must be {width}"
-        )
+        raise ShapeError(f"lengths are {lengths.tolist()}; this encoder has no mask, so each must be {width}")
     mask = np.arange(width)[None] < lengths[:, None]
     if source.kind == "ids":
         inputs = np.where(mask, whole_numbers(inputs, "inputs"), 0)
         if inputs.min() < 0 or inputs.max() >= source.size:
             bad = inputs[(inputs < 0) | (inputs >= source.size)]
-            raise TokenIdError(f"source id {int(bad[0])} is outside the encoder's vocabulary 0..{source.size - 1}")
+            raise TokenIdError(
+                f"source id {int(bad[0])} is outside the encoder's vocabulary 0..{source.size - 1}"
+            )
     else:
         if inputs.dtype.kind != "f":
             raise DtypeError(f"inputs have dtype {inputs.dtype}; expected features in float32")

@@ -58,12 +58,19 @@ def by_transformers(model: Any, source: Any, **options: Any) -> list[int]:
         {"max_new_tokens": 12},
         {"max_new_tokens": 10, "num_beams": 3, "length_penalty": 1.7},
         {"max_new_tokens": 8, "num_beams": 2, "length_penalty": -0.5, "early_stopping": True},
-        {"max_new_tokens": 8, "forced_bos_token_id": 17, "suppress_tokens": [4, 9], "begin_suppress_tokens": [30]},
+        {
+            "max_new_tokens": 8,
+            "forced_bos_token_id": 17,
+            "suppress_tokens": [4, 9],
+            "begin_suppress_tokens": [30],
+        },
         {"max_new_tokens": 8, "decoder_input_ids": [3, 8, 21]},
     ],
     ids=["greedy", "beams", "early", "forced", "prompt"],
 )
-def test_same_tokens_as_transformers(models: dict[str, lmopt.Model], name: str, options: dict[str, Any]) -> None:
+def test_same_tokens_as_transformers(
+    models: dict[str, lmopt.Model], name: str, options: dict[str, Any]
+) -> None:
     model, sources = models[name], sources_of(name)
     with lmopt.Runtime(model) as rt:
         found = rt.generate(sources, **options)

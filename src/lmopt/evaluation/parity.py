@@ -32,9 +32,9 @@ Encoded: TypeAlias = Callable[[AnyArray], Mapping[str, AnyArray]]
 first axis of size 1."""
 
 Rounding: TypeAlias = Callable[..., FloatArray | None]
-"""From `(sequence,)` ids, and for encoder-decoders the source before them, to `(sequence,)` float32: the largest difference that the order of
-floating-point operations alone makes to the reference's logits at each position; `None` where the
-model offers no second order."""
+"""From `(sequence,)` ids, and for encoder-decoders the source before them, to `(sequence,)` float32: the largest
+difference that the order of floating-point operations alone makes to the reference's logits at each position; `None`
+where the model offers no second order."""
 
 # Two sums in float32 that differ only by their order differ by random walks of like size: three times
 # the one that was seen covers another engine's order. The cap keeps a model whose own cache is broken

@@ -121,7 +121,9 @@ class CohortEngine:
         """
         cohorts = _own(state).cohorts
         if len(cohorts) != 1:
-            raise UnsupportedError("rows whose sources are kept apart cannot be shown together. Show one at a time.")
+            raise UnsupportedError(
+                "rows whose sources are kept apart cannot be shown together. Show one at a time."
+            )
         (cohort,) = cohorts
         if cohort.state is not None:
             return self._encoder().encoded(cohort.state)

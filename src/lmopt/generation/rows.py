@@ -154,7 +154,9 @@ def prepare(
         )
     given = [None] * len(prompts) if sources is None else list(sources)
     if len(given) != len(prompts):
-        raise UnsupportedOptionError(f"{len(given)} sources were given for {len(prompts)} prompts. Give one a prompt.")
+        raise UnsupportedOptionError(
+            f"{len(given)} sources were given for {len(prompts)} prompts. Give one a prompt."
+        )
     facts, now = engine.facts, time.monotonic()
     vocab_size = facts.vocab_size
     # What does not change is shared by the rows of one config.

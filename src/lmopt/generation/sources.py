@@ -51,7 +51,9 @@ def check_source(source: object, facts: ModelFacts, what: str) -> AnyArray | Non
             raise ShapeError(f"{what} has shape {array.shape}; expected features ({wanted.size}, positions)")
     length = array.shape[-1]
     if wanted.length is not None and length > wanted.length:
-        raise ContextLengthError(f"{what} has {length} positions; the encoder takes {wanted.length}. Split it.")
+        raise ContextLengthError(
+            f"{what} has {length} positions; the encoder takes {wanted.length}. Split it."
+        )
     if wanted.fixed and length != wanted.length:
         raise ShapeError(f"{what} has {length} positions; the encoder takes exactly {wanted.length}. Pad it.")
     return array
@@ -76,7 +78,9 @@ def begin(
     if not given:
         return engine.begin(len(sources), capacity=capacity, padding_side=padding_side)
     if not isinstance(engine, SupportsEncoder):
-        raise UnsupportedError(f"{engine.report().backend!r} runs no encoder-decoder models: it has no encode")
+        raise UnsupportedError(
+            f"{engine.report().backend!r} runs no encoder-decoder models: it has no encode"
+        )
     lengths = np.array([one.shape[-1] for one in given])
     inputs = np.zeros((len(given), *given[0].shape[:-1], lengths.max()), given[0].dtype)
     for line, one in zip(inputs, given, strict=True):

@@ -63,7 +63,7 @@ class LogMel:
         padded = np.zeros(length, np.float64)
         padded[: samples.size] = samples
         padded = np.pad(padded, _WINDOW // 2, mode="reflect")
-        windows = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[:: _HOP][: self.frames]
+        windows = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[::_HOP][: self.frames]
         power = np.abs(np.fft.rfft(windows * self._window)) ** 2
         decades = np.log10(np.maximum(power @ self._filters, _FLOOR)).T
         decades = np.maximum(decades, decades.max() - _RANGE)
@@ -78,7 +78,9 @@ class LogMel:
     def _filters(self) -> NDArray[np.float64]:
         """`(bins, size)` triangles of equal area, evenly spaced on Slaney's mel scale."""
         mels = np.linspace(0.0, _mel(_MOST_HZ), self.size + 2)
-        edges = np.where(mels < _mel(1000.0), mels * 200 / 3, 1000.0 * np.exp((mels - 15.0) * np.log(6.4) / 27.0))
+        edges = np.where(
+            mels < _mel(1000.0), mels * 200 / 3, 1000.0 * np.exp((mels - 15.0) * np.log(6.4) / 27.0)
+        )
         bins = np.linspace(0, self.sampling_rate // 2, _WINDOW // 2 + 1)
         slopes = edges[None] - bins[:, None]
         widths = np.diff(edges)
@@ -90,4 +92,6 @@ class LogMel:
 
 def _mel(hertz: float) -> float:
     """Slaney's scale: even up to 1,000 Hz, logarithmic above."""
-    return 3.0 * hertz / 200.0 if hertz < 1000.0 else float(15.0 + np.log(hertz / 1000.0) * 27.0 / np.log(6.4))
+    return (
+        3.0 * hertz / 200.0 if hertz < 1000.0 else float(15.0 + np.log(hertz / 1000.0) * 27.0 / np.log(6.4))
+    )

@@ -38,7 +38,9 @@ class SpeechTask:
         if not settings.get("is_multilingual", False):
             return cls(start, {}, {}, no_timestamps)
         languages = {name.strip("<|>"): token for name, token in (settings.get("lang_to_id") or {}).items()}
-        tasks = dict(settings.get("task_to_id") or {one: known[f"<|{one}|>"] for one in TASKS if f"<|{one}|>" in known})
+        tasks = dict(
+            settings.get("task_to_id") or {one: known[f"<|{one}|>"] for one in TASKS if f"<|{one}|>" in known}
+        )
         if not languages or not tasks:
             raise UnsupportedError(
                 "the model's generation_config.json says is_multilingual, but has no lang_to_id or task_to_id. Give "
@@ -68,5 +70,7 @@ class SpeechTask:
                 f"language {language!r} is unknown; the model knows {', '.join(sorted(self.languages))}"
             )
         if (chosen := task or TASKS[0]) not in self.tasks:
-            raise UnsupportedOptionError(f"task {task!r} is unknown; the model knows {', '.join(sorted(self.tasks))}")
+            raise UnsupportedOptionError(
+                f"task {task!r} is unknown; the model knows {', '.join(sorted(self.tasks))}"
+            )
         return [self.start, self.languages[language], self.tasks[chosen], *end]

@@ -8,6 +8,9 @@ from lmopt.types import SourceFacts
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+VOCAB_SIZE: Final = 99
+T5_SOURCE: Final = SourceFacts("ids", start_token_id=0, size=VOCAB_SIZE)
+WHISPER_SOURCE: Final = SourceFacts("features", start_token_id=3, size=8, length=40, fixed=True)
 SEQ2SEQ_SOURCE: Final = SourceFacts("ids", start_token_id=1, size=60)
 """What the encoder of `tiny_seq2seq` reads."""
 
@@ -18,7 +21,7 @@ def tiny_t5(seed: int = 0) -> "nn.Module":
     import transformers
 
     config = transformers.T5Config(
-        vocab_size=99,
+        vocab_size=VOCAB_SIZE,
         d_model=32,
         d_kv=8,
         d_ff=64,
@@ -36,7 +39,7 @@ def tiny_bart(seed: int = 0) -> "nn.Module":
     import transformers
 
     config = transformers.BartConfig(
-        vocab_size=99,
+        vocab_size=VOCAB_SIZE,
         d_model=32,
         encoder_layers=2,
         decoder_layers=2,
@@ -56,7 +59,7 @@ def tiny_whisper(seed: int = 0) -> "nn.Module":
     import transformers
 
     config = transformers.WhisperConfig(
-        vocab_size=99,
+        vocab_size=VOCAB_SIZE,
         d_model=32,
         encoder_layers=2,
         decoder_layers=2,
@@ -107,4 +110,3 @@ def tiny_seq2seq(seed: int = 0) -> "nn.Module":
             return self.head(torch.cat([hidden, attended], dim=-1)), (own, memory)
 
     return seeded(TinySeq2Seq, seed)
-

@@ -61,12 +61,16 @@ class Encoder:
         feeds = {self._input: inputs.astype(np.float16) if self._half else inputs}
         if self._masked:
             feeds[ATTENTION_MASK] = mask
-        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(one)) for name, one in feeds.items()}
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(one)) for name, one in feeds.items()
+        }
         try:
             results = session.run_with_ort_values(list(self._outputs.values()), values, self._options)
         except Exception as error:
             if self._session is None:
-                raise ClosedError("this engine was closed while it computed; open a new lmopt.Runtime") from error
+                raise ClosedError(
+                    "this engine was closed while it computed; open a new lmopt.Runtime"
+                ) from error
             raise EngineError(f"onnxruntime failed on {len(inputs)} sources: {error}") from error
         found = dict(zip(self._outputs, results, strict=True))
         if self._keeps_mask:

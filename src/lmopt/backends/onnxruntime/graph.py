@@ -154,9 +154,7 @@ class Graph:
         return {name: computed[value] for name, value in values.items()}
 
 
-def open_session(
-    artifact: ArtifactView, file: str, settings: SessionSettings
-) -> "ort.InferenceSession":
+def open_session(artifact: ArtifactView, file: str, settings: SessionSettings) -> "ort.InferenceSession":
     """Create a session while another thread hashes the weights, which are only numbers to it.
 
     Args:

@@ -203,7 +203,11 @@ def sample_inputs(source: SourceFacts, batch: int, length: int, device: torch.de
     """Make the same source for each row, to try a module with."""
     if source.kind == "ids":
         return (torch.arange(length, device=device) % source.size).repeat(batch, 1)
-    return torch.linspace(-1, 1, source.size * length, device=device).reshape(source.size, length).repeat(batch, 1, 1)
+    return (
+        torch.linspace(-1, 1, source.size * length, device=device)
+        .reshape(source.size, length)
+        .repeat(batch, 1, 1)
+    )
 
 
 def run_after_source(
@@ -237,7 +241,9 @@ def _with_source_axes(decoder: EncoderDecoder, signature: Signature) -> Signatur
     state = []
     for one, short, long in zip(signature.state, decoder.fresh(2, device), longer, strict=True):
         axes = [axis for axis, size in enumerate(short.shape) if size != long.shape[axis]]
-        if axes and (one.present or len(axes) > 1 or short.shape[axes[0]] != _TRIAL or long.shape[axes[0]] != _LONGER):
+        if axes and (
+            one.present or len(axes) > 1 or short.shape[axes[0]] != _TRIAL or long.shape[axes[0]] != _LONGER
+        ):
             raise UnsupportedError(
                 f"state tensor {one.past.name} has shape {tuple(short.shape)} for sources of {_TRIAL} positions and "
                 f"{tuple(long.shape)} for {_LONGER}; lmopt needs at most one axis, as long as the source, in tensors "

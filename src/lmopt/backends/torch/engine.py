@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lmopt.accelerators import require_cuda
 from lmopt.backends.torch.casting import forget_casts
-from lmopt.backends.torch.export_program import read_program
 from lmopt.backends.torch.encoder_decoder import EncoderDecoder
+from lmopt.backends.torch.export_program import read_program
 from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name, stated_casts
 from lmopt.backends.torch.spec import BACKEND
 from lmopt.contracts import EngineReport, EngineRequest, PaddingSide

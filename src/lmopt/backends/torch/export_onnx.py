@@ -12,8 +12,8 @@ from typing import Any, Final
 import onnx_ir as ir
 from torch import nn
 
-from lmopt.backends.torch.genai_config import genai_config
 from lmopt.backends.torch.encoder_decoder import EncoderDecoder
+from lmopt.backends.torch.genai_config import genai_config
 from lmopt.backends.torch.graph import (
     find_taps,
     fold,

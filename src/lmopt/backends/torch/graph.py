@@ -75,7 +75,9 @@ def name_encoder(model: ir.Model, signature: Signature, source: SourceFacts) -> 
     _name(model, inputs, outputs)
 
 
-def translate(program: torch.export.ExportedProgram, arguments: tuple[Any, ...], opset: int, what: str) -> ir.Model:
+def translate(
+    program: torch.export.ExportedProgram, arguments: tuple[Any, ...], opset: int, what: str
+) -> ir.Model:
     """Translate a traced program into ONNX operators.
 
     Args:

@@ -77,7 +77,11 @@ class HuggingFaceEncoderDecoder(EncoderDecoder):
         with position_attention(model):
             read = model.get_encoder()(**{model.main_input_name: inputs}, **options)
             result = model(
-                encoder_outputs=read, decoder_input_ids=token, use_cache=True, **{self._cache_name: cache}, **options
+                encoder_outputs=read,
+                decoder_input_ids=token,
+                use_cache=True,
+                **{self._cache_name: cache},
+                **options,
             )
         cache = cache_of(result)
         state = []
@@ -149,7 +153,9 @@ class HuggingFaceEncoderDecoder(EncoderDecoder):
                 strict=True,
             )
         ]
-        if not layers or any(not isinstance(getattr(one, "keys", None), Tensor) for pair in layers for one in pair):
+        if not layers or any(
+            not isinstance(getattr(one, "keys", None), Tensor) for pair in layers for one in pair
+        ):
             raise UnsupportedError(
                 f"{type(self.module).__name__} keeps a {type(cache).__name__} whose layers are not all keys and "
                 "values of the decoder and of the encoder; lmopt runs transformers encoder-decoders with both caches"

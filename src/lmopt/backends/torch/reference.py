@@ -159,7 +159,10 @@ class FullForward:
             else:
                 cache, hidden = state
                 result = self._module(
-                    encoder_outputs=(hidden,), decoder_input_ids=row, use_cache=True, **{self._cache_name: cache}
+                    encoder_outputs=(hidden,),
+                    decoder_input_ids=row,
+                    use_cache=True,
+                    **{self._cache_name: cache},
                 )
         return result.logits, (cache_of(result), result.encoder_last_hidden_state)
 
