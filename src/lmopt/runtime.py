@@ -213,7 +213,7 @@ class Runtime(Applications):
         rows: list[Any] = [self._ids(one) for one in prompts]
         sources = None
         if self.facts.source is not None:
-            sources, rows = rows, decoder_prompts(decoder_input_ids, len(rows))
+            sources, rows = rows, decoder_prompts(decoder_input_ids, len(rows), self.facts.source)
         elif decoder_input_ids is not None:
             raise UnsupportedOptionError(
                 "decoder_input_ids are for encoder-decoder models; this one has no encoder"
@@ -258,7 +258,7 @@ class Runtime(Applications):
         ids: Any = self._ids(prompt)
         source = None
         if self.facts.source is not None:
-            source, ids = ids, list(decoder_input_ids or ())
+            source, (ids,) = ids, decoder_prompts(decoder_input_ids, 1, self.facts.source)
         elif decoder_input_ids is not None:
             raise UnsupportedOptionError(
                 "decoder_input_ids are for encoder-decoder models; this one has no encoder"

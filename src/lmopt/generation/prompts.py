@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lmopt.errors import DtypeError, InputError, ShapeError, TokenIdError
-from lmopt.types import IntArray
+from lmopt.types import IntArray, SourceFacts
 
 Prompt: TypeAlias = str | Sequence[int] | IntArray
 """A text, or a row of token ids."""
@@ -55,16 +55,25 @@ def as_prompts(prompt: Any, *, features: bool = False) -> tuple[list[Prompt], bo
     return list(prompt), True
 
 
-def decoder_prompts(given: Any, count: int) -> list[Any]:
+def decoder_prompts(given: Any, count: int, source: SourceFacts) -> list[Any]:
     """Bring what decoders have been said to write into `count` rows of ids; empty ones where nothing is given.
+
+    Decoders of text begin with the model's start token: it is put in front where it is missing, as transformers
+    does. A speech model's rows are taken as they are, since it may be given what was said before.
 
     Args:
         given: A row of ids for all, a list with one a source, or `None`.
         count: Number of sources.
+        source: What the encoder reads.
     """
     if given is None:
         return [[] for _ in range(count)]
+    rows: list[Any]
     rows, many = as_prompts(given)
+    if source.kind == "ids":
+        rows = [
+            row if list(row[:1]) == [source.start_token_id] else [source.start_token_id, *row] for row in rows
+        ]
     return rows if many else rows * count
 
 

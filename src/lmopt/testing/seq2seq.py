@@ -74,6 +74,7 @@ def tiny_whisper(seed: int = 0) -> "nn.Module":
         bos_token_id=2,
         eos_token_id=2,
         decoder_start_token_id=3,
+        begin_suppress_tokens=None,
     )
     return seeded(lambda: transformers.WhisperForConditionalGeneration(config), seed)
 
