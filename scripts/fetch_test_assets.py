@@ -14,8 +14,9 @@ With `--speech` also, for tests that are skipped without:
     whisper-tiny.en/                    Whisper tiny.en (MIT) as a Hugging Face folder, fp32
     librivox/                           five clips of a reading (LibriVox) and what is said in them
 
-The clips come from Debian's package pocketsphinx-testdata, by apt-get. Nothing of it is part of lmopt, and no package is installed for it. About 95 MB are downloaded and
-640 MB of disk are used; speech takes 80 MB and 160 MB more.
+The clips come from Debian's package pocketsphinx-testdata, by apt-get. Nothing of it is part of lmopt,
+and no package is installed for it. About 95 MB are downloaded and 640 MB of disk are used; speech takes
+80 MB and 160 MB more.
 """
 
 import argparse

@@ -21,6 +21,8 @@ from lmopt.cli import (
     launch,
     run,
     train,
+    transcribe,
+    translate,
 )
 from lmopt.cli.verb import command
 
@@ -53,6 +55,8 @@ _VERBS: Final[dict[str, Callable[..., None]]] = {
     "demo": demo.demo,
     "run": run.run,
     "chat": chat.chat,
+    "translate": translate.translate,
+    "transcribe": transcribe.transcribe,
     "export": export.export,
     "build": build.build,
     "compress": compress.compress,

@@ -15,7 +15,7 @@ import numpy as np
 
 from lmopt.contracts import Engine, PaddingSide, State, SupportsEncoder
 from lmopt.errors import EngineError, InputError, TokenIdError, UnsupportedError
-from lmopt.generation.sources import begin
+from lmopt.generation.sources import begin, pack
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts, SourceFacts
 
 # Tokens that a row reads after its prompt: 1 to _MOST_CHUNK at once, then _SINGLES one by one.
@@ -299,7 +299,7 @@ def encoded(engine: Engine, rows: Sequence[Row]) -> Iterator[tuple[int, Mapping[
     if engine.ragged_sources or len(lengths) == 1:
         groups.append(list(rows))
     for group in groups:
-        shown = engine.encoded(begin(engine, [row.source for row in group]))
+        shown = engine.encoded(engine.encode(*pack([row.source for row in group if row.source is not None])))
         for place, row in enumerate(group):
             yield row.number, {name: array[place] for name, array in shown.items()}
 

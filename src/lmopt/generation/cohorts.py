@@ -6,12 +6,16 @@ Rows that have read equally much and read equally much next form a cohort with a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
 from lmopt.contracts import Engine, EngineReport, PaddingSide, State, SupportsEncoder, SupportsRewind
 from lmopt.errors import UnsupportedError
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
+
+_POSITIONS: Final = 4096
+"""Positions of sources, padding included, that are read in one call: enough to keep any CPU busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +150,8 @@ class CohortEngine:
             width = int(lengths[cohort.rows[0]])
             inner = cohort.state
             if cohort.sources is not None:
-                inner = self._encoder().encode(
-                    *cohort.sources, capacity=state.capacity, padding_side=state.padding_side
+                inner = encode_in_parts(
+                    self._engine, *cohort.sources, capacity=state.capacity, padding_side=state.padding_side
                 )
             elif inner is None:
                 inner = self._engine.begin(
@@ -242,10 +246,7 @@ class CohortEngine:
         self._engine.close()
 
     def _encoder(self) -> SupportsEncoder:
-        if not isinstance(self._engine, SupportsEncoder):
-            backend = self._engine.report().backend
-            raise UnsupportedError(f"{backend!r} runs no encoder-decoder models: it has no encode")
-        return self._engine
+        return _with_encoder(self._engine)
 
     def _copy(self, state: State, capacity: int | None = None) -> State:
         copied: State = self._engine.copy(state, capacity=capacity)  # type: ignore[attr-defined]
@@ -275,6 +276,41 @@ class CohortEngine:
 def for_unequal_rows(engine: Engine) -> Engine:
     """Give an engine that takes rows of unequal length: this one, or a `CohortEngine` around it."""
     return engine if engine.ragged else CohortEngine(engine)
+
+
+def encode_in_parts(
+    engine: Engine,
+    inputs: AnyArray,
+    lengths: IntArray,
+    *,
+    capacity: int | None = None,
+    padding_side: PaddingSide = "right",
+) -> State:
+    """Read sources, some rows at a time where they are long: attention within a source grows with its square.
+
+    Args:
+        engine: The engine; see `lmopt.contracts.SupportsEncoder.encode` for the others.
+        inputs: Sources, side by side.
+        lengths: Their lengths.
+        capacity: As for `encode`.
+        padding_side: As for `encode`.
+    """
+    encoder = _with_encoder(engine)
+    size = max(1, _POSITIONS // int(lengths.max()))
+    states = []
+    for start in range(0, len(lengths), size):
+        part, own = inputs[start : start + size], lengths[start : start + size]
+        part = np.ascontiguousarray(part[..., : own.max()])
+        states.append(encoder.encode(part, own, capacity=capacity, padding_side=padding_side))
+    return states[0] if len(states) == 1 else engine.join(states)
+
+
+def _with_encoder(engine: Engine) -> SupportsEncoder:
+    if not isinstance(engine, SupportsEncoder):
+        raise UnsupportedError(
+            f"{engine.report().backend!r} runs no encoder-decoder models: it has no encode"
+        )
+    return engine
 
 
 def _own(state: State) -> CohortState:

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lmopt.contracts import Engine, PaddingSide, State, SupportsEncoder
+from lmopt.contracts import Engine, PaddingSide, State
 from lmopt.errors import ContextLengthError, DtypeError, ShapeError, UnsupportedError
+from lmopt.generation.cohorts import CohortEngine, encode_in_parts
 from lmopt.generation.prompts import check_ids
-from lmopt.types import AnyArray, ModelFacts
+from lmopt.types import AnyArray, IntArray, ModelFacts
 
 
 def check_source(source: object, facts: ModelFacts, what: str) -> AnyArray | None:
@@ -77,12 +78,16 @@ def begin(
     given = [one for one in sources if one is not None]
     if not given:
         return engine.begin(len(sources), capacity=capacity, padding_side=padding_side)
-    if not isinstance(engine, SupportsEncoder):
-        raise UnsupportedError(
-            f"{engine.report().backend!r} runs no encoder-decoder models: it has no encode"
-        )
-    lengths = np.array([one.shape[-1] for one in given])
-    inputs = np.zeros((len(given), *given[0].shape[:-1], lengths.max()), given[0].dtype)
-    for line, one in zip(inputs, given, strict=True):
+    inputs, lengths = pack(given)
+    if isinstance(engine, CohortEngine):
+        return engine.encode(inputs, lengths, capacity=capacity, padding_side=padding_side)
+    return encode_in_parts(engine, inputs, lengths, capacity=capacity, padding_side=padding_side)
+
+
+def pack(sources: Sequence[AnyArray]) -> tuple[AnyArray, IntArray]:
+    """Lay sources side by side, as `lmopt.contracts.SupportsEncoder.encode` takes them; give their lengths, too."""
+    lengths = np.array([one.shape[-1] for one in sources])
+    inputs = np.zeros((len(sources), *sources[0].shape[:-1], lengths.max()), sources[0].dtype)
+    for line, one in zip(inputs, sources, strict=True):
         line[..., : one.shape[-1]] = one
-    return engine.encode(inputs, lengths, capacity=capacity, padding_side=padding_side)
+    return inputs, lengths
