@@ -29,7 +29,8 @@ class EncoderDecoderModel(Protocol):
 
     Give it to `lmopt.Model.from_module(module, source=lmopt.SourceFacts(...))`. Both methods may have a parameter
     named `encoder_attention_mask`, `(batch, source)` int64, 1 at positions of the source and 0 at padding behind
-    it, and can then read sources of unequal length in one batch if they honour it.
+    it, and can then read sources of unequal length in one batch if they honour it. It needs a default: one source
+    alone is also read without.
     """
 
     def encode(self, inputs: Tensor) -> Any:
