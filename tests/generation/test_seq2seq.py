@@ -100,6 +100,9 @@ def test_own_module_keeps_sources_of_unequal_length_apart() -> None:
         assert not rt.engine.ragged
         greedy = rt.generate(sources, max_new_tokens=6)
         beams = rt.generate(sources, max_new_tokens=6, num_beams=3)
+        together = rt.score([[1, 5, 6]] * 4, sources=sources)
+        for source, scores in zip(sources, together, strict=True):
+            np.testing.assert_allclose(scores, rt.score([1, 5, 6], sources=source), atol=1e-5)
         for source, one, other in zip(sources, greedy, beams, strict=True):
             assert one.token_ids == by_hand(model.module, source, 6)
             assert other.token_ids == rt.generate(source, max_new_tokens=6, num_beams=3).token_ids

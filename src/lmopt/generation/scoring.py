@@ -7,6 +7,7 @@ import numpy as np
 
 from lmopt.contracts import Engine
 from lmopt.errors import ContextLengthError, EmptyPromptError, InputError
+from lmopt.generation.cohorts import for_unequal_rows
 from lmopt.generation.prompts import check_ids
 from lmopt.generation.sources import begin, check_source
 from lmopt.types import AnyArray, FloatArray, IntArray
@@ -58,19 +59,23 @@ def score(
     # Neighbours of like length waste little on padding.
     order = sorted((n for n in range(len(checked)) if checked[n].size > 1), key=lambda n: checked[n].size)
     width = max(1, logit_bytes // (4 * facts.vocab_size * max(1, min(batch_size, len(order)))))
-    for batch in _batches(engine, checked, order, batch_size):
+    batches = _batches(checked, order, batch_size, equal=not engine.ragged)
+    if facts.source is not None:
+        # Rows of equal length may still have sources that are not.
+        engine = for_unequal_rows(engine)
+    for batch in batches:
         _score_batch(
             engine, [checked[n] for n in batch], [read[n] for n in batch], [scores[n] for n in batch], width
         )
     return scores
 
 
-def _batches(engine: Engine, rows: list[IntArray], order: list[int], size: int) -> list[list[int]]:
+def _batches(rows: list[IntArray], order: list[int], size: int, *, equal: bool) -> list[list[int]]:
     """Cut `order` into batches; of equal lengths where the engine takes no others."""
     batches: list[list[int]] = []
     for number in order:
         fits = batches and len(batches[-1]) < size
-        if fits and (engine.ragged or rows[batches[-1][0]].size == rows[number].size):
+        if fits and (not equal or rows[batches[-1][0]].size == rows[number].size):
             batches[-1].append(number)
         else:
             batches.append([number])
