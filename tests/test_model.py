@@ -33,7 +33,9 @@ from lmopt.errors import (
     UnsupportedOptionError,
 )
 from lmopt.model import Model
+from lmopt.testing.models import tiny_lstm
 from lmopt.testing.seq2seq import tiny_bart, tiny_t5, tiny_whisper
+from lmopt.types import SourceFacts
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 
@@ -423,6 +425,13 @@ def test_an_encoder_decoder_that_does_not_say_how_to_begin(tmp_path: Path) -> No
     module.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="names no decoder_start_token_id"):
         Model.from_pretrained(tmp_path)
+
+
+def test_a_module_of_ones_own_needs_an_encoder() -> None:
+    with pytest.raises(UnsupportedError, match=r"TinyLstm has no method encode"):
+        Model.from_module(tiny_lstm(), source=SourceFacts("ids", 0, 10))
+    with pytest.raises(UnsupportedOptionError, match="states its own config, vocab_size and source"):
+        Model.from_module(tiny_t5(), source=SourceFacts("ids", 0, 10))
 
 
 def test_what_does_not_take_encoder_decoders_yet_says_so() -> None:

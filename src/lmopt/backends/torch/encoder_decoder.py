@@ -230,6 +230,11 @@ def run_after_source(
         inputs = inputs.to(next(module.parameters()).dtype)
     if is_transformers(module):
         return model(**{model.main_input_name: inputs}, decoder_input_ids=ids, use_cache=True)
+    if not callable(getattr(module, "encode", None)):
+        raise UnsupportedError(
+            f"{type(module).__name__} has no method encode(inputs), which reads a source: see "
+            "lmopt.backends.torch.encoder_decoder.EncoderDecoderModel"
+        )
     return model(ids, model.encode(inputs))
 
 
