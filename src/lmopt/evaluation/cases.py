@@ -287,6 +287,17 @@ def select_join(engine: Engine, rows: Sequence[Row]) -> Iterator[Seen]:
     yield from feed.finish()
 
 
+def sources(engine: Engine, rows: Sequence[Row]) -> Iterator[Seen]:
+    """Rows in step with each other after sources of unequal length, reordered and repeated as beams are."""
+    steps = min(_SINGLES, *(len(row.ids) for row in rows))
+    feed = Feed(engine, rows)
+    yield from feed.read([1] * len(rows), last_only=True)
+    last = len(rows) - 1
+    feed.select([last, *range(last), 0, last])
+    for _ in range(1, steps):
+        yield from feed.read([1] * len(feed.rows))
+
+
 def encoded(engine: Engine, rows: Sequence[Row]) -> Iterator[tuple[int, Mapping[str, AnyArray]]]:
     """What the engine holds of each row's source: read alone, then in one batch with the others.
 
@@ -347,6 +358,14 @@ CASES: Final[Mapping[str, Case]] = MappingProxyType(
         "select/join": Case(_shortest_four, select_join),
     }
 )
+_WITH_SOURCES: Final[Mapping[str, Case]] = MappingProxyType(
+    {**CASES, "sources": Case(_shortest_four, sources)}
+)
+
+
+def cases_for(facts: ModelFacts) -> Mapping[str, Case]:
+    """Give the cases of a model: `CASES`, and one more where an encoder reads sources."""
+    return CASES if facts.source is None else _WITH_SOURCES
 
 
 def greedy(engine: Engine, rows: Sequence[Row], new_tokens: int) -> tuple[list[IntArray], list[Seen]]:

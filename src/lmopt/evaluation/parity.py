@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lmopt.contracts import Engine
 from lmopt.errors import ParityError, ShapeError
-from lmopt.evaluation.cases import CASES, Row, Seen, encoded, greedy, make_rows
+from lmopt.evaluation.cases import Row, Seen, cases_for, encoded, greedy, make_rows
 from lmopt.evaluation.divergence import DifferenceMeter
 from lmopt.evaluation.report import CaseResult, ParityReport
 from lmopt.evaluation.tolerances import Tolerance, tolerance_for
@@ -145,6 +145,7 @@ class Examination:
         encoded: Encoded | None = None,
     ) -> None:
         self._limits = tolerance or tolerance_for(dtype)
+        self._cases = cases_for(facts)
         self._rows = make_rows(facts, prompts, lengths, seed, sources)
         self._encoded = {}
         if encoded is not None:
@@ -172,8 +173,8 @@ class Examination:
         slacks = {row.number: self._oracle.slack(row.ids, row) for row in self._rows}
         vocab = candidate.facts.vocab_size
         self._compare_encoded(candidate)
-        chosen = [case.choose(self._rows, vocab) for case in CASES.values()]
-        for number, (name, case) in enumerate(CASES.items()):
+        chosen = [case.choose(self._rows, vocab) for case in self._cases.values()]
+        for number, (name, case) in enumerate(self._cases.items()):
             self._tell(number)
             meter = self._meters[name] = DifferenceMeter(self._limits)
             for seen in case.run(engine, chosen[number]):
@@ -182,7 +183,7 @@ class Examination:
                 del seen
             needed = {row.number for rows in chosen[number + 1 :] for row in rows}
             self._logits = {row: logits for row, logits in self._logits.items() if row in needed}
-        self._tell(len(CASES))
+        self._tell(len(self._cases))
         self._greedy = greedy(engine, self._rows[:4], self._new_tokens)
         says = candidate.report()
         self._candidate = f"{says.backend} {says.device} {says.dtype}"
@@ -202,7 +203,7 @@ class Examination:
             ids, row = read[seen.row], self._rows[seen.row]
             _judge(meter, self._oracle.logits(ids, row), seen, self._oracle.slack(ids, row))
         cases = [CaseResult.judge(name, one.result(), self._limits) for name, one in self._meters.items()]
-        self._tell(len(CASES) + 1)
+        self._tell(len(self._cases) + 1)
         return ParityReport(
             candidate=self._candidate,
             tolerance=self._limits,
@@ -228,7 +229,7 @@ class Examination:
 
     def _tell(self, done: int) -> None:
         if self._progress is not None:
-            self._progress(done, len(CASES) + 1)
+            self._progress(done, len(self._cases) + 1)
 
 
 def require(

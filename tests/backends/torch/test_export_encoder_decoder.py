@@ -59,7 +59,16 @@ def test_the_source_is_read_in_one_graph_only(folder: Path) -> None:
 def test_the_manifest_tells_the_cases_and_the_fallback(folder: Path) -> None:
     manifest = lmopt.Artifact.open(folder).manifest
     cases = manifest["parity"]["onnx"]["cases"]
-    assert {"encoder", "prefill", "decode", "several", "batch-left", "select/join", "greedy"} <= set(cases)
+    assert {
+        "encoder",
+        "sources",
+        "prefill",
+        "decode",
+        "several",
+        "batch-left",
+        "select/join",
+        "greedy",
+    } <= set(cases)
     assert manifest["formats"]["onnx"]["target"] == "portable"
     assert "encoder-decoders" in manifest["formats"]["onnx"]["fallback"]
     assert lmopt.Artifact.open(folder).facts.source.kind == "ids"
@@ -117,7 +126,7 @@ def test_the_gate_notices_a_wrong_source(
         with pytest.raises(ParityError) as caught:
             examine()
     failed = {case.case for case in caught.value.report.cases if not case.ok}
-    assert {"encoder", "batch-left", "batch-right", "select/join"} <= failed
+    assert {"encoder", "sources"} <= failed
     assert "prefill" not in failed
 
 
