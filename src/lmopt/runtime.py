@@ -211,7 +211,7 @@ class Runtime(Applications):
             several = any(one.num_return_sequences > 1 for one in settings)
         prompts, many = as_prompts(prompt, features=self._reads_features)
         rows: list[Any] = [self._ids(one) for one in prompts]
-        sources = None
+        sources: list[Any] | None = None
         if self.facts.source is not None:
             sources, rows = rows, decoder_prompts(decoder_input_ids, len(rows), self.facts.source)
         elif decoder_input_ids is not None:
@@ -256,7 +256,7 @@ class Runtime(Applications):
         """
         engine, settings = self._engine.opened(), self._config(config, options)
         ids: Any = self._ids(prompt)
-        source = None
+        source: Any = None
         if self.facts.source is not None:
             source, (ids,) = ids, decoder_prompts(decoder_input_ids, 1, self.facts.source)
         elif decoder_input_ids is not None:

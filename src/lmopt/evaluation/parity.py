@@ -147,7 +147,7 @@ class Examination:
         self._limits = tolerance or tolerance_for(dtype)
         self._cases = cases_for(facts)
         self._rows = make_rows(facts, prompts, lengths, seed, sources)
-        self._encoded = {}
+        self._encoded: dict[int, Mapping[str, AnyArray]] = {}
         if encoded is not None:
             self._encoded = {row.number: encoded(row.source) for row in self._rows if row.source is not None}
         self._oracle = _Oracle(reference, rounding, facts, self._limits)

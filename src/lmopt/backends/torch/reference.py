@@ -139,8 +139,12 @@ class FullForward:
         return torch.from_numpy(np.ascontiguousarray(ids, np.int64))[None].to(self._device)
 
     def _run(self, row: Tensor, state: Any, source: AnyArray | None = None) -> tuple[Tensor, Any]:
-        call = self._call if self._source is None else lambda row, state: self._call_after(row, state, source)
-        result: tuple[Tensor, Any] = self._guarded(row, lambda: call(row, state))
+        def call() -> tuple[Tensor, Any]:
+            if self._source is None:
+                return self._call(row, state)
+            return self._call_after(row, state, source)
+
+        result: tuple[Tensor, Any] = self._guarded(row, call)
         return result
 
     def _inputs(self, source: AnyArray | None) -> Tensor:
