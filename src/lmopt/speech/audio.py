@@ -53,13 +53,14 @@ def _read_wav(path: Path) -> tuple[FloatArray, int] | None:
     except (wave.Error, EOFError):
         return None
     data = data[: len(data) // (channels * width) * (channels * width)]
+    numbers: FloatArray
     if width == 1:
-        numbers = np.frombuffer(data, np.uint8).astype(np.float32) - 128
+        numbers = np.frombuffer(data, np.uint8).astype(np.float32) - np.float32(128)
     elif width == 3:
         # Three bytes as the upper ones of four.
         wide = np.zeros((len(data) // 3, 4), np.uint8)
         wide[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
-        numbers = wide.reshape(-1).view("<i4").astype(np.float32) / 256
+        numbers = wide.reshape(-1).view("<i4").astype(np.float32) / np.float32(256)
     else:
         numbers = np.frombuffer(data, f"<i{width}").astype(np.float32)
     return (numbers / np.float32(2 ** (8 * width - 1))).reshape(-1, channels), rate

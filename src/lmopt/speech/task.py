@@ -65,7 +65,7 @@ class SpeechTask:
                     f"language={language!r}, task={task!r}: this model transcribes one language. Leave them out."
                 )
             return [self.start, *end]
-        if language not in self.languages:
+        if language is None or language not in self.languages:
             raise UnsupportedOptionError(
                 f"language {language!r} is unknown; the model knows {', '.join(sorted(self.languages))}"
             )

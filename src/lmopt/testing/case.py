@@ -123,5 +123,5 @@ def draw_source(facts: ModelFacts, length: int, *, seed: int) -> AnyArray:
     random = np.random.default_rng(seed)
     if facts.source.kind == "ids":
         return random.integers(0, facts.source.size, length)
-    positions = facts.source.length if facts.source.fixed else length
+    positions = facts.source.length if facts.source.fixed and facts.source.length else length
     return random.normal(size=(facts.source.size, positions)).astype(np.float32)

@@ -100,7 +100,10 @@ def context_length(config: Any) -> int | None:
     Args:
         config: A transformers configuration, or any object or mapping with such fields.
     """
-    found = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
+
+    def found(name: str) -> Any:
+        return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
     if found("is_encoder_decoder") and found("relative_attention_num_buckets"):
         return None  # positions that are told by their distance have no end
     for name in _CONTEXT_NAMES:
