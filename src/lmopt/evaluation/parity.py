@@ -122,7 +122,8 @@ class Examination:
         rounding: As for `measure`.
         progress: As for `measure`.
         sources: For encoder-decoders: what is read before the rows; `None` draws some.
-        encoded: For encoder-decoders: what the reference holds of a source. The case `"encoder"` compares it.
+        encoded: For encoder-decoders: what the reference holds of a source. The case `"encoder"` compares it,
+            in units of its largest value.
 
     Raises:
         UnsupportedOptionError, UnsupportedError, InputError, ShapeError: As `measure`.
@@ -224,7 +225,9 @@ class Examination:
                 own = expected[name][0].astype(np.float32)
                 # Behind a row's own source lies padding.
                 array = array[tuple(slice(size) for size in own.shape)]
-                meter.update(own, array)
+                # Unlike logits these have any size (Whisper's keys reach far beyond 100), and rounding goes with it.
+                scale = np.float32(max(1.0, float(np.abs(own).max())))
+                meter.update(own / scale, array / scale)
         self._encoded = {}
 
     def _tell(self, done: int) -> None:
