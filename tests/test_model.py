@@ -18,7 +18,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from torch import nn
 
+import lmopt
 from lmopt.artifact import Artifact, publish
+from lmopt.compression import Quantize
 from lmopt.errors import (
     ArtifactError,
     ArtifactExistsError,
@@ -31,6 +33,9 @@ from lmopt.errors import (
     UnsupportedOptionError,
 )
 from lmopt.model import Model
+from lmopt.testing.models import tiny_lstm
+from lmopt.testing.seq2seq import tiny_bart, tiny_t5, tiny_whisper
+from lmopt.types import SourceFacts
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 
@@ -395,11 +400,48 @@ def test_unknown_architecture(folder: Path) -> None:
         Model.from_pretrained(folder)
 
 
-def test_encoder_decoder(tmp_path: Path) -> None:
-    sizes = {"d_model": 16, "d_ff": 16, "d_kv": 4, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
-    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="encoder-decoder"):
+@pytest.mark.parametrize("build", [tiny_t5, tiny_bart, tiny_whisper])
+def test_encoder_decoders_come_back_as_they_were(
+    tmp_path: Path, build: Callable[[], torch.nn.Module]
+) -> None:
+    module = build()
+    module.save_pretrained(tmp_path / "hf")
+    first = Model.from_pretrained(tmp_path / "hf")
+    first.save_pretrained(tmp_path / "ours")
+    again = Model.from_pretrained(tmp_path / "ours")
+    assert first.facts == again.facts == Artifact.open(tmp_path / "ours").facts
+    assert first.facts.source is not None
+    assert first.facts.source.start_token_id == module.config.decoder_start_token_id
+    assert first.fingerprint() == again.fingerprint()
+    assert type(again.module) is type(module)
+    for model in (first, again):
+        for (name, one), other in zip(module.named_parameters(), model.module.parameters(), strict=True):
+            assert torch.equal(one, other), name
+
+
+def test_an_encoder_decoder_that_does_not_say_how_to_begin(tmp_path: Path) -> None:
+    module = tiny_t5()
+    module.config.decoder_start_token_id = module.generation_config.decoder_start_token_id = None
+    module.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="names no decoder_start_token_id"):
         Model.from_pretrained(tmp_path)
+
+
+def test_a_module_of_ones_own_needs_an_encoder() -> None:
+    with pytest.raises(UnsupportedError, match=r"TinyLstm has no method encode"):
+        Model.from_module(tiny_lstm(), source=SourceFacts("ids", 0, 10))
+    with pytest.raises(UnsupportedOptionError, match="states its own config, vocab_size and source"):
+        Model.from_module(tiny_t5(), source=SourceFacts("ids", 0, 10))
+
+
+def test_what_does_not_take_encoder_decoders_yet_says_so() -> None:
+    model = Model.from_module(tiny_t5())
+    with pytest.raises(UnsupportedError, match="compresses models without an encoder so far"):
+        lmopt.Compressor([Quantize(bits=8)]).compress(model)
+    with pytest.raises(UnsupportedError, match="trains models without an encoder so far"):
+        lmopt.train(model, ["a text"])
+    with pytest.raises(UnsupportedError, match="begin with a source"), lmopt.Runtime(model) as rt:
+        rt.perplexity([1, 2, 3])
 
 
 @pytest.mark.parametrize(

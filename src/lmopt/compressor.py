@@ -10,7 +10,7 @@ import numpy as np
 from lmopt.compression.calibration import Calibration, choose_rows
 from lmopt.compression.step import Progress, Setting, Step, silent
 from lmopt.contracts import EngineRequest
-from lmopt.errors import InputError, ParityError, UnsupportedOptionError
+from lmopt.errors import InputError, ParityError, UnsupportedError, UnsupportedOptionError
 from lmopt.evaluation.loss import CompressionReport, measure_loss
 from lmopt.evaluation.tolerances import TOLERANCES, Tolerance
 from lmopt.gate import GATE_TEXTS
@@ -86,6 +86,10 @@ class Compressor:
             UnsupportedOptionError: The recipe does not fit the model.
         """
         tell = progress or silent
+        if model.facts.source is not None:
+            raise UnsupportedError(
+                f"{model.source} is an encoder-decoder; lmopt compresses models without an encoder so far"
+            )
         rows = self._rows(model, calibration, tell)
         small, errors = model, {}
         for step in self.steps:

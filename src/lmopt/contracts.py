@@ -128,6 +128,55 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class SupportsEncoder(Protocol):
+    """An engine that can run encoder-decoder models: those whose `facts.source` is not `None`.
+
+    An encoder-decoder is a decoder whose state does not begin empty. `encode` takes the place of `begin`, and
+    everything after it is as for any other model: each row carries what the encoder made of its source, through
+    `forward`, `select` and `join`. What depends on the source alone, such as the keys and values of
+    cross-attention, is computed here, once, and never again.
+    """
+
+    @property
+    def ragged_sources(self) -> bool:
+        """Whether rows with sources of unequal length may share a state.
+
+        Where it is `False`, all rows of one `encode`, and of states that are joined, have sources of equal length.
+        """
+        ...
+
+    def encode(
+        self,
+        inputs: AnyArray,
+        lengths: IntArray,
+        *,
+        capacity: int | None = None,
+        padding_side: PaddingSide = "right",
+    ) -> State:
+        """Read the sources of some rows, and make the state from which their decoders begin.
+
+        Args:
+            inputs: `(batch, source)` int64 ids, or `(batch, size, source)` float32 features, as `facts.source`
+                says. Row `b` has `lengths[b]` positions from its start; what follows is padding and has no effect.
+            lengths: `(batch,)` int64, `1 .. source` each.
+            capacity: Most tokens that the decoder will hold of a row, as for `begin`.
+            padding_side: As for `begin`; it concerns the decoder's tokens.
+
+        Returns:
+            A state whose `lengths` are 0: the decoder has read nothing yet.
+        """
+        ...
+
+    def encoded(self, state: State) -> Mapping[str, AnyArray]:
+        """Show what rows hold of their sources, by the names of the exported graphs, for comparing engines.
+
+        Args:
+            state: Stays valid and unchanged.
+        """
+        ...
+
+
+@runtime_checkable
 class SupportsTaps(Protocol):
     """An engine that can show values inside the model, for finding where two engines part."""
 

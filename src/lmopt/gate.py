@@ -112,8 +112,11 @@ def verify(
         artifact=_StagedView(folder, manifest),
         options={"trust": True} if trusted else {"widen": True} if wide else {},
     )
-    reference = backends.load("torch", target="lmopt.backends.torch.reference:FullForward")(module)
-    prompts = gate_rows(model)
+    reference = backends.load("torch", target="lmopt.backends.torch.reference:FullForward")(
+        module, source=model.facts.source
+    )
+    prompts, source = gate_rows(model), model.facts.source
+    texts = prompts if source is not None and source.kind == "ids" else None
 
     def tell(done: int, total: int) -> None:
         # What the last case had in memory would otherwise stay with the allocator.
@@ -131,6 +134,8 @@ def verify(
         tolerance=tolerance,
         rounding=reference.rounding,
         progress=tell,
+        sources=[np.array(ids[: source.length], np.int64) for ids in texts] if source and texts else None,
+        encoded=reference.encoded if source is not None else None,
     )
     reference.give_back()
     open_engine: EngineFactory = backends.load(spec.verify_with)

@@ -18,7 +18,7 @@ from lmopt.errors import (
 from lmopt.registry import pip_line
 from lmopt.spec import Requirement
 from lmopt.tokenizer import Tokenizer
-from lmopt.types import ModelFacts
+from lmopt.types import ModelFacts, SourceFacts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,7 +77,7 @@ class Model:
             ArtifactNotFoundError: There is nothing usable at `source`.
             UnsafeArtifactError: Reading it would run code or leave its folder.
             CorruptArtifactError: A file is damaged, or weights are missing or left over.
-            UnsupportedError: It is not a causal language model, has no quantization to keep, or has one that
+            UnsupportedError: It is no language model that writes, has no quantization to keep, or has one that
                 lmopt does not know.
             UnsupportedOptionError: `dtype` is unknown, or `keep_quantization` is given for no GGUF file.
             NotInstalledError: torch or transformers is missing.
@@ -125,6 +125,7 @@ class Model:
         config: Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
         context_length: int | None = None,
+        source: SourceFacts | None = None,
         generation_config: Mapping[str, Any] | None = None,
     ) -> "Model":
         """Take a module that meets `lmopt.backends.torch.language_model.LanguageModel`.
@@ -138,12 +139,14 @@ class Model:
             vocab_size: Size of the logits' last axis; found by running the module if omitted.
             context_length: Most positions the module can take; `None` where it has no limit. Taken
                 from `config` or the transformers model if omitted.
+            source: What the encoder of an own encoder-decoder reads, which meets
+                `lmopt.backends.torch.encoder_decoder.EncoderDecoderModel`; `None` for a module without one.
             generation_config: Defaults of generation, by the names of `lmopt.GenerationConfig`.
 
         Raises:
             UnsupportedError: The module does not map ids to logits, is not causal, answers with NaN, or has
                 another vocabulary than `vocab_size`.
-            UnsupportedOptionError: `config` or `vocab_size` for a transformers model, which states them.
+            UnsupportedOptionError: `config`, `vocab_size` or `source` for a transformers model, which states them.
             TokenizerError: The tokenizer needs Python code of its own.
         """
         _require_torch()
@@ -153,14 +156,16 @@ class Model:
 
         known = None if tokenizer is None else as_tokenizer(tokenizer)
         if is_transformers(module):
-            if config is not None or vocab_size is not None:
-                raise UnsupportedOptionError("a transformers model states its own config and vocab_size")
+            if config is not None or vocab_size is not None or source is not None:
+                raise UnsupportedOptionError(
+                    "a transformers model states its own config, vocab_size and source"
+                )
             loaded = description.from_transformers(module, known)
             if context_length is not None:
                 loaded.facts = replace(loaded.facts, context_length=context_length)
         else:
             module.eval()
-            found = description.find_vocab_size(module)
+            found = description.find_vocab_size(module, source)
             if vocab_size not in (None, found):
                 raise UnsupportedError(
                     f"vocab_size is {vocab_size}, but the module's logits have {found} values"
@@ -172,6 +177,7 @@ class Model:
                     context_length=context_length or description.context_length(config or {}),
                     parameters=description.count_parameters(module),
                     architecture=type(module).__name__,
+                    source=source,
                 ),
                 tokenizer=known,
                 config=dict(config or {}),

@@ -73,6 +73,12 @@ def open_source(
         model = _as_model(source, dtype, trust)
         facts, label = model.facts, model.source
         defaults = model.generation_config
+    if facts.source is not None and "encoder" not in spec.can.features:
+        able = [one.name for one in backends.status() if one.spec and "encoder" in one.spec.can.features]
+        raise UnsupportedError(
+            f"{label} is an encoder-decoder model, which backend {name!r} does not run; {', '.join(able)} do. "
+            f"lmopt.Runtime(..., backend={able[0]!r})"
+        )
     # Imports the engine, which takes seconds: not before the source is known to be there.
     factory = backends.load(name)
     if model is not None and exporter:

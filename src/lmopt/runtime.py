@@ -8,10 +8,12 @@ from typing import Any, Self, TypeAlias, overload
 
 import numpy as np
 
+from lmopt.applications import Applications
 from lmopt.artifact import Artifact
 from lmopt.contracts import Engine, EngineReport
 from lmopt.errors import (
     ContextLengthError,
+    InputError,
     ShapeError,
     TokenizerError,
     UnsupportedOptionError,
@@ -23,8 +25,9 @@ from lmopt.generation.cohorts import for_unequal_rows
 from lmopt.generation.guarded import GuardedEngine
 from lmopt.generation.interruption import Cancels, Interruption
 from lmopt.generation.prefixes import PrefixReport, PrefixStore
-from lmopt.generation.prompts import Prompt, as_prompts, check_ids
+from lmopt.generation.prompts import Prompt, as_prompts, check_ids, decoder_prompts
 from lmopt.generation.rows import Cancel, Row, prepare
+from lmopt.generation.sources import begin, check_source
 from lmopt.generation.streamers import Streamer, told
 from lmopt.generation.workspace import Limits, Workspace
 from lmopt.model import Model
@@ -56,7 +59,7 @@ class RuntimeReport:
     prefixes: PrefixReport
 
 
-class Runtime:
+class Runtime(Applications):
     """A model, loaded in an engine and ready to predict.
 
     Methods may be called from several threads at once, each with its own rows: requests of different
@@ -172,6 +175,7 @@ class Runtime:
         prompt: Prompt | Sequence[Prompt],
         config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
+        decoder_input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         cancel: Cancels = None,
         on_token: Callable[[Token], object] | None = None,
         streamer: Streamer | None = None,
@@ -184,7 +188,11 @@ class Runtime:
         no row has a result, so always with one prompt. See `lmopt.generation.generate`.
 
         Args:
-            prompt: A text, a row of token ids, or a list of either, of any lengths.
+            prompt: A text, a row of token ids, or a list of either, of any lengths. For an encoder-decoder, what
+                its encoder reads: one of these, or features `(size, positions)` float32, or a list of such.
+            decoder_input_ids: For an encoder-decoder: what its decoder has been said to write, such as tokens
+                that name a language or a task; one row of ids for all prompts, or a list with one each. `None`
+                takes the model's start token.
             config: Options as an object, or a list with one a prompt; `None` takes the model's
                 `generation_config.json`.
             cancel: Anything with `is_set()`, such as a `threading.Event`; looked at before each call of
@@ -213,13 +221,21 @@ class Runtime:
         else:
             settings = [self._config(one, options) for one in config]
             several = any(one.num_return_sequences > 1 for one in settings)
-        prompts, many = as_prompts(prompt)
-        rows = [self._ids(one) for one in prompts]
+        prompts, many = as_prompts(prompt, features=self._reads_features)
+        rows: list[Any] = [self._ids(one) for one in prompts]
+        sources: list[Any] | None = None
+        if self.facts.source is not None:
+            sources, rows = rows, decoder_prompts(decoder_input_ids, len(rows), self.facts.source)
+        elif decoder_input_ids is not None:
+            raise UnsupportedOptionError(
+                "decoder_input_ids are for encoder-decoder models; this one has no encoder"
+            )
         with told(streamer, rows, settings, on_token) as tell:
             found = generate(
                 engine,
                 rows,
                 settings,
+                sources=sources,
                 tokenizer=self.tokenizer,
                 cancel=cancel,
                 on_token=tell,
@@ -233,6 +249,7 @@ class Runtime:
         prompt: Prompt,
         config: GenerationConfig | None = None,
         *,
+        decoder_input_ids: Sequence[int] | None = None,
         cancel: Cancel | None = None,
         **options: Any,
     ) -> Generator[str, None, Generation]:
@@ -243,17 +260,27 @@ class Runtime:
         Args:
             prompt: As for `generate`.
             config: As for `generate`.
+            decoder_input_ids: As for `generate`.
             cancel: As for `generate`.
             **options: As for `generate`.
 
         Raises:
             TokenizerError: The model has no tokenizer.
         """
-        engine, settings, ids = self._engine.opened(), self._config(config, options), self._ids(prompt)
+        engine, settings = self._engine.opened(), self._config(config, options)
+        ids: Any = self._ids(prompt)
+        source: Any = None
+        if self.facts.source is not None:
+            source, (ids,) = ids, decoder_prompts(decoder_input_ids, 1, self.facts.source)
+        elif decoder_input_ids is not None:
+            raise UnsupportedOptionError(
+                "decoder_input_ids are for encoder-decoder models; this one has no encoder"
+            )
         return stream(
             engine,
             ids,
             settings,
+            source=source,
             tokenizer=self._need_tokenizer(),
             cancel=cancel,
             workspace=self._workspace,
@@ -312,11 +339,12 @@ class Runtime:
         # The template writes special tokens itself.
         return tokenizer.encode(text, add_special_tokens=False)
 
-    def logits(self, ids: Prompt | Sequence[Prompt]) -> FloatArray | list[FloatArray]:
+    def logits(self, ids: Prompt | Sequence[Prompt], *, sources: Any = None) -> FloatArray | list[FloatArray]:
         """Compute the logits after each token.
 
         Args:
             ids: A text, a row of ids or an int64 array `(sequence,)`; or a list of them.
+            sources: For an encoder-decoder: what its encoder reads, one for one row, a list for a list.
 
         Returns:
             `(sequence, vocab_size)` float32 for one row, a list of such arrays for a list.
@@ -340,22 +368,28 @@ class Runtime:
         batch = np.zeros((len(rows), lengths.max()), np.int64)
         for line, row in zip(batch, rows, strict=True):
             line[: row.size] = row
-        found, _ = engine.forward(batch, lengths, engine.begin(len(rows), capacity=int(lengths.max())))
+        given = self._sources(sources, many, len(rows)) or [None] * len(rows)
+        read = [check_source(one, self.facts, f"source {number}") for number, one in enumerate(given)]
+        found, _ = engine.forward(batch, lengths, begin(engine, read, capacity=int(lengths.max())))
         results = [found[place, : row.size] for place, row in enumerate(rows)]
         return results if many else results[0]
 
-    def score(self, texts: Prompt | Sequence[Prompt]) -> FloatArray | list[FloatArray]:
+    def score(
+        self, texts: Prompt | Sequence[Prompt], *, sources: Any = None
+    ) -> FloatArray | list[FloatArray]:
         """Compute the log-probability of each token of given texts, but the first of each.
 
         Args:
             texts: A text, a row of ids, or a list of either.
+            sources: For an encoder-decoder: what its encoder reads before them, one for one text, a list for a list.
 
         Returns:
             `(tokens - 1,)` float32 for one text, a list of such arrays for a list.
         """
         engine = self._engine.opened()
         prompts, many = as_prompts(texts)
-        found = score(engine, [self._ids(one) for one in prompts])
+        given = self._sources(sources, many, len(prompts))
+        found = score(engine, [self._ids(one) for one in prompts], sources=given)
         return found if many else found[0]
 
     def perplexity(
@@ -430,6 +464,21 @@ class Runtime:
         if isinstance(prompt, str):
             return self._need_tokenizer().encode(prompt)
         return prompt
+
+    @property
+    def _reads_features(self) -> bool:
+        return self.facts.source is not None and self.facts.source.kind == "features"
+
+    def _sources(self, sources: Any, many: bool, count: int) -> list[Any] | None:
+        """Bring the sources of `count` rows into a list; `None` where none are given."""
+        if sources is None:
+            return None
+        found, several = as_prompts(sources, features=self._reads_features)
+        if several != many or len(found) != count:
+            raise InputError(
+                f"{len(found)} sources were given for {count} texts. Give one for one text, a list for a list."
+            )
+        return [self._ids(one) for one in found]
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -15,16 +15,30 @@ import numpy as np
 
 from lmopt.contracts import PaddingSide
 from lmopt.errors import CorruptArtifactError, DtypeError, ShapeError, TokenIdError, UnsupportedError
-from lmopt.types import BATCH, DTYPE_BYTES, PAST, AnyArray, FloatArray, IntArray, TensorSpec
+from lmopt.types import (
+    BATCH,
+    DTYPE_BYTES,
+    PAST,
+    SOURCE,
+    AnyArray,
+    FloatArray,
+    IntArray,
+    SourceFacts,
+    TensorSpec,
+)
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
 LOGITS = "logits"
 LOGITS_TO_KEEP = "logits_to_keep"
+INPUT_FEATURES = "input_features"
+SOURCE_MASK = "encoder_attention_mask"
 
-_KEY_VALUE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_KEY_VALUE = re.compile(r"past_key_values\.(\d+)\.((?:encoder\.|decoder\.)?(?:key|value))")
 _PLAIN = re.compile(r"past_state\.(.+)")
+# What a row holds of its source: a graph of the decoder takes it and gives it back to nobody.
+_OF_SOURCE = re.compile(r"past_key_values\.\d+\.encoder\.(key|value)|source_state\..+|" + SOURCE_MASK)
 
 
 def present_name(past: str) -> str:
@@ -39,8 +53,17 @@ def present_name(past: str) -> str:
         return f"present_state.{match[1]}"
     raise CorruptArtifactError(
         f"graph input {past!r} is neither one of input_ids, attention_mask, position_ids nor a past "
-        "state named past_key_values.<layer>.key|value or past_state.<name>"
+        "state named past_key_values.<layer>.[decoder.|encoder.]key|value, past_state.<name> or source_state.<name>"
     )
+
+
+def source_name(past: str) -> str:
+    """Give the output of an encoder's graph that becomes the input `past` of the decoder's.
+
+    >>> source_name("past_key_values.3.encoder.key"), source_name("source_state.0")
+    ('present.3.encoder.key', 'source_state.0')
+    """
+    return past if past.startswith("source_state.") else present_name(past)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +72,18 @@ class StateTensor:
 
     Attributes:
         past: Spec of the input; symbolic axes are `batch_size` and, if it grows,
-            `past_sequence_length`.
-        present: Name of the output.
+            `past_sequence_length`, or `encoder_sequence_length`.
+        present: Name of the output; empty for what a row holds of its source, which no call changes.
         batch_axis: Axis of the rows.
         past_axis: Axis that grows by one a token, `None` for a state of fixed size.
+        source_axis: Axis as long as the row's source, `None` where there is none.
     """
 
     past: TensorSpec
     present: str
     batch_axis: int
     past_axis: int | None
+    source_axis: int | None = None
 
     @classmethod
     def of(cls, past: TensorSpec) -> "StateTensor":
@@ -68,16 +93,21 @@ class StateTensor:
             CorruptArtifactError: The name, or a dynamic axis, is not one that a state has.
         """
         axes = [axis for axis in past.shape if isinstance(axis, str)]
-        if BATCH not in axes or set(axes) - {BATCH, PAST}:
+        kept = _OF_SOURCE.fullmatch(past.name) is not None
+        free = SOURCE if kept else PAST
+        if BATCH not in axes or set(axes) - {BATCH, free}:
             raise CorruptArtifactError(
-                f"{past.name!r} has dynamic axes {axes}; expected {BATCH!r} and, if it grows, {PAST!r}"
+                f"{past.name!r} has dynamic axes {axes}; expected {BATCH!r} and, if it has any length, {free!r}"
             )
-        past_axis = past.shape.index(PAST) if PAST in axes else None
-        return cls(past, present_name(past.name), past.shape.index(BATCH), past_axis)
+        batch_axis = past.shape.index(BATCH)
+        free_axis = past.shape.index(free) if free in axes else None
+        if kept:
+            return cls(past, "", batch_axis, None, free_axis)
+        return cls(past, present_name(past.name), batch_axis, free_axis)
 
-    def sizes(self, batch: int, past: int = 0) -> list[int]:
-        """Give the shape of the tensor for `batch` rows that hold `past` tokens."""
-        known = {BATCH: batch, PAST: past}
+    def sizes(self, batch: int, past: int = 0, source: int = 0) -> list[int]:
+        """Give the shape of the tensor for `batch` rows that hold `past` tokens, and `source` positions."""
+        known = {BATCH: batch, PAST: past, SOURCE: source}
         return [known[axis] if isinstance(axis, str) else axis for axis in self.past.shape]
 
     def empty(self, batch: int) -> AnyArray:
@@ -236,14 +266,29 @@ class Signature:
         return ArrayState(tensors, state.mask[rows], state.lengths[rows], state.padding_side)
 
     @property
+    def changing(self) -> tuple[StateTensor, ...]:
+        """Tensors that a call gives back; all of them, for a model without an encoder."""
+        return tuple(one for one in self.state if one.present)
+
+    @property
+    def from_source(self) -> tuple[StateTensor, ...]:
+        """Tensors that the encoder makes: all but the source's mask and what starts empty."""
+        return tuple(one for one in self.state if one.past_axis is None and one.past.name != SOURCE_MASK)
+
+    @property
+    def has_source_mask(self) -> bool:
+        """Whether rows with sources of unequal length may share a batch."""
+        return any(one.past.name == SOURCE_MASK for one in self.state)
+
+    @property
     def grows(self) -> bool:
         """Whether any tensor of the state grows with the text."""
         return any(one.past_axis is not None for one in self.state)
 
     @property
     def rewinds(self) -> bool:
-        """Whether a row can forget its last tokens: whether all of the state grows with the text."""
-        return bool(self.state) and all(one.past_axis is not None for one in self.state)
+        """Whether a row can forget its last tokens: whether all that changes grows with the text."""
+        return bool(self.changing) and all(one.past_axis is not None for one in self.changing)
 
     def forget(self, state: ArrayState, lengths: IntArray) -> tuple[IntArray, IntArray, int]:
         """Work out how each row of a growing state comes to hold its first tokens only.
@@ -293,6 +338,14 @@ class Signature:
         pads = [longest - one.mask.shape[1] for one in states]
         if any(pads) and not self.has_mask and self.grows:
             raise ShapeError("rows of unequal length cannot share a growing state without an attention mask")
+        for one in self.state:
+            sources = {
+                state.tensors[one.past.name].shape[one.source_axis] for state in states if one.source_axis
+            }
+            if len(sources) > 1 and not self.has_source_mask:
+                raise ShapeError(
+                    f"rows with sources of {sorted(sources)} positions cannot share a state without a mask for them"
+                )
         return pads
 
     def join(self, states: Sequence[ArrayState]) -> ArrayState:
@@ -303,6 +356,9 @@ class Signature:
             parts = [state.tensors[one.past.name] for state in states]
             if one.past_axis is not None:
                 parts = [_pad_left(part, one.past_axis, pad) for part, pad in zip(parts, pads, strict=True)]
+            elif one.source_axis is not None:
+                longest = max(part.shape[one.source_axis] for part in parts)
+                parts = [_pad_right(part, one.source_axis, longest) for part in parts]
             tensors[one.past.name] = np.concatenate(parts, axis=one.batch_axis)
         mask = np.concatenate([_pad_left(one.mask, 1, pad) for one, pad in zip(states, pads, strict=True)])
         lengths = np.concatenate([one.lengths for one in states])
@@ -382,6 +438,70 @@ def check_step(
             raise TokenIdError(f"token id {int(bad[0])} is outside the vocabulary 0..{vocab_size - 1}")
 
 
+def check_sources(
+    inputs: AnyArray, lengths: IntArray, source: SourceFacts | None, *, ragged: bool
+) -> tuple[AnyArray, IntArray]:
+    """Refuse sources that do not fit before an engine sees them.
+
+    Args:
+        inputs: As for `lmopt.contracts.SupportsEncoder.encode`.
+        lengths: `(batch,)` positions of each row.
+        source: What the model's encoder takes.
+        ragged: Whether rows may be unequal.
+
+    Returns:
+        The inputs, int64 or float32, with zeros as padding, and their mask: `(batch, source)` int64.
+
+    Raises:
+        UnsupportedError: The model has no encoder.
+        DtypeError: Ids are not whole numbers, or features are.
+        ShapeError: Axes or sizes do not fit.
+        TokenIdError: An id that is not padding lies outside the encoder's vocabulary.
+    """
+    if source is None:
+        raise UnsupportedError("this model has no encoder; its rows begin with Engine.begin")
+    inputs, lengths = np.asarray(inputs), whole_numbers(lengths, "lengths")
+    axes = 2 if source.kind == "ids" else 3
+    wrong_size = inputs.ndim == 3 and inputs.shape[1] != source.size
+    if (
+        inputs.ndim != axes
+        or 0 in inputs.shape
+        or lengths.shape != inputs.shape[:1]
+        or (axes == 3 and wrong_size)
+    ):
+        wanted = "(batch, source)" if source.kind == "ids" else f"(batch, {source.size}, source)"
+        raise ShapeError(
+            f"inputs have shape {inputs.shape} and lengths {lengths.shape}; expected {wanted} and (batch,)"
+        )
+    width = inputs.shape[-1]
+    if lengths.min() < 1 or lengths.max() > width or (source.fixed and (lengths != source.length).any()):
+        span = f"exactly {source.length}" if source.fixed else f"between 1 and {width}"
+        raise ShapeError(f"lengths are {lengths.tolist()}; each must be {span}")
+    if not ragged and lengths.min() != width:
+        raise ShapeError(f"lengths are {lengths.tolist()}; this encoder has no mask, so each must be {width}")
+    mask = np.arange(width)[None] < lengths[:, None]
+    if source.kind == "ids":
+        inputs = np.where(mask, whole_numbers(inputs, "inputs"), 0)
+        if inputs.min() < 0 or inputs.max() >= source.size:
+            bad = inputs[(inputs < 0) | (inputs >= source.size)]
+            raise TokenIdError(
+                f"source id {int(bad[0])} is outside the encoder's vocabulary 0..{source.size - 1}"
+            )
+    else:
+        if inputs.dtype.kind != "f":
+            raise DtypeError(f"inputs have dtype {inputs.dtype}; expected features in float32")
+        inputs = np.where(mask[:, None], inputs, 0).astype(np.float32, copy=False)
+    return inputs, mask.astype(np.int64)
+
+
+def state_begins_with_source() -> UnsupportedError:
+    """Make the error for `begin` where `encode` is meant."""
+    return UnsupportedError(
+        "this is an encoder-decoder: its rows begin with a source, by encode(inputs, lengths). "
+        "lmopt.generation.generate takes sources=[...]"
+    )
+
+
 def _pad_left(array: AnyArray, axis: int, pad: int) -> AnyArray:
     if not pad:
         return array
@@ -390,8 +510,14 @@ def _pad_left(array: AnyArray, axis: int, pad: int) -> AnyArray:
     return np.pad(array, widths)
 
 
+def _pad_right(array: AnyArray, axis: int, length: int) -> AnyArray:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, length - array.shape[axis])
+    return np.pad(array, widths)
+
+
 def _state_tensor(spec: TensorSpec, outputs: Mapping[str, TensorSpec]) -> StateTensor:
-    present = present_name(spec.name)
-    if present not in outputs:
-        raise CorruptArtifactError(f"the graph takes {spec.name!r} but does not return {present!r}")
-    return StateTensor.of(spec)
+    one = StateTensor.of(spec)
+    if one.present and one.present not in outputs:
+        raise CorruptArtifactError(f"the graph takes {spec.name!r} but does not return {one.present!r}")
+    return one

@@ -60,7 +60,8 @@ class Capabilities:
         dtypes: Compute types it can honour.
         features: Optional abilities; each is a Protocol in `lmopt.contracts` or a word that the
             conformance kit tests: `"taps"` (intermediate values), `"threads"` (a thread count),
-            `"trust"` (a format that runs code, opened only with the option `trust=True`).
+            `"trust"` (a format that runs code, opened only with the option `trust=True`), `"encoder"`
+            (encoder-decoder models).
     """
 
     formats: tuple[str, ...]

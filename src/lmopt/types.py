@@ -1,7 +1,8 @@
 """Array aliases, dtype names and tensor descriptions shared by every room."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ BATCH: Final = "batch_size"
 SEQUENCE: Final = "sequence_length"
 PAST: Final = "past_sequence_length"
 TOTAL: Final = "total_sequence_length"
+SOURCE: Final = "encoder_sequence_length"
 
 DTYPE_BYTES: Final[dict[str, int]] = {
     "float64": 8,
@@ -45,6 +47,25 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceFacts:
+    """What an encoder-decoder model reads before it writes.
+
+    Attributes:
+        kind: `"ids"`: token ids; `"features"`: rows of numbers, such as a log-mel spectrogram.
+        start_token_id: First token of what the decoder reads, where the caller gives none.
+        size: Ids: how many there are, so that valid ones are `0 .. size - 1`. Features: values at each position.
+        length: Most positions of a source; `None` where there is no limit.
+        fixed: Whether a source must have exactly `length` positions (Whisper's 30 s).
+    """
+
+    kind: Literal["ids", "features"]
+    start_token_id: int
+    size: int
+    length: int | None = None
+    fixed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What every layer above an engine must know of the model that it runs.
 
@@ -53,9 +74,21 @@ class ModelFacts:
         context_length: Most positions the model was built for; `None` where it has no limit.
         parameters: Number of distinct weights, 0 where unknown.
         architecture: Class name of the model, for people; nothing may branch on it.
+        source: What its encoder reads; `None` for a model without one.
     """
 
     vocab_size: int
     context_length: int | None = None
     parameters: int = 0
     architecture: str = ""
+    source: SourceFacts | None = None
+
+    @classmethod
+    def from_dict(cls, stated: Mapping[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` wrote.
+
+        Raises:
+            TypeError: A field is unknown or missing.
+        """
+        source = stated.get("source")
+        return cls(**{**stated, "source": None if source is None else SourceFacts(**source)})

@@ -74,7 +74,7 @@ class Artifact:
             CorruptArtifactError: The manifest does not state them.
         """
         try:
-            return ModelFacts(**self.manifest["model"])
+            return ModelFacts.from_dict(self.manifest["model"])
         except TypeError as error:
             raise CorruptArtifactError(f"{self.path / MANIFEST}: the field 'model': {error}.") from error
 

@@ -23,6 +23,8 @@ from lmopt.cli import (
     run,
     serve,
     train,
+    transcribe,
+    translate,
     tune,
 )
 from lmopt.cli.verb import command
@@ -56,6 +58,8 @@ _VERBS: Final[dict[str, Callable[..., None]]] = {
     "demo": demo.demo,
     "run": run.run,
     "chat": chat.chat,
+    "translate": translate.translate,
+    "transcribe": transcribe.transcribe,
     "export": export.export,
     "build": build.build,
     "compress": compress.compress,

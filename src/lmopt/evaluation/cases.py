@@ -13,9 +13,10 @@ from typing import Final, NamedTuple, Self
 
 import numpy as np
 
-from lmopt.contracts import Engine, PaddingSide, State
+from lmopt.contracts import Engine, PaddingSide, State, SupportsEncoder
 from lmopt.errors import EngineError, InputError, TokenIdError, UnsupportedError
-from lmopt.types import FloatArray, IntArray, ModelFacts
+from lmopt.generation.sources import begin, pack
+from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts, SourceFacts
 
 # Tokens that a row reads after its prompt: 1 to _MOST_CHUNK at once, then _SINGLES one by one.
 _MOST_CHUNK: Final = 5
@@ -24,6 +25,8 @@ _LEAST_CONTEXT: Final = 4
 _BATCH_LOGIT_BYTES: Final = 48 * 2**20
 # Sizes of the pieces of the case "several"; uneven, and 1 among them.
 _PIECES: Final = (5, 1, 7, 3, 16, 2)
+# Lengths of drawn sources.
+_SOURCES: Final = (11, 1, 37, 6, 19)
 
 
 class Seen(NamedTuple):
@@ -49,16 +52,22 @@ class Row:
         ids: `(tokens,)` int64.
         prompt: Tokens read first.
         chunk: Tokens read at once after the prompt; the remaining ones follow one by one.
+        source: What the encoder reads before them; `None` for models without one.
     """
 
     number: int
     ids: IntArray
     prompt: int
     chunk: int
+    source: AnyArray | None = None
 
 
 def make_rows(
-    facts: ModelFacts, prompts: Sequence[Sequence[int]] | None, lengths: Sequence[int], seed: int
+    facts: ModelFacts,
+    prompts: Sequence[Sequence[int]] | None,
+    lengths: Sequence[int],
+    seed: int,
+    sources: Sequence[AnyArray] | None = None,
 ) -> list[Row]:
     """Cut rows of the given prompt lengths, plus what they read afterwards.
 
@@ -69,6 +78,7 @@ def make_rows(
             `None` draws random ids away from both ends of the vocabulary, where special tokens lie.
         lengths: Prompt lengths.
         seed: Seed of the random ids.
+        sources: For encoder-decoders: sources of the rows, taken in turn; `None` makes some of unequal lengths.
 
     Raises:
         UnsupportedError: The context is too short to check a cache.
@@ -97,8 +107,30 @@ def make_rows(
         # A stride that no prompt is likely to repeat at keeps the rows different from each other.
         start = starts[number % len(starts)] + 7 * (number // len(starts))
         ids = material.take(np.arange(start, start + total), mode="wrap")
-        rows[prompt] = Row(number, ids, prompt, chunk)
+        source = None
+        if facts.source is not None:
+            ids[0] = facts.source.start_token_id
+            source = sources[number % len(sources)] if sources else make_source(facts.source, number, seed)
+        rows[prompt] = Row(number, ids, prompt, chunk, source)
     return list(rows.values())
+
+
+def make_source(facts: SourceFacts, number: int, seed: int) -> AnyArray:
+    """Draw a source: ids away from both ends of the vocabulary, or features of the size of log-mel ones.
+
+    Args:
+        facts: What the encoder reads.
+        number: Number of the source; neighbours differ in length where they may.
+        seed: Seed of the random numbers.
+    """
+    random = np.random.default_rng((seed, number))
+    length = _SOURCES[number % len(_SOURCES)]
+    if facts.length is not None:
+        length = facts.length if facts.fixed else min(length, facts.length)
+    if facts.kind == "ids":
+        margin = facts.size // 8
+        return random.integers(margin, facts.size - margin, length)
+    return random.normal(0.0, 0.5, (facts.size, length)).astype(np.float32).clip(-1.0, 1.5)
 
 
 def _material(
@@ -138,7 +170,8 @@ class Feed:
         self.rows = list(rows)
         self.capacity = capacity or max(len(row.ids) for row in rows)
         self.done = [0] * len(rows)
-        self.state: State = engine.begin(len(rows), capacity=self.capacity, padding_side=side)
+        sources = [row.source for row in rows]
+        self.state: State = begin(engine, sources, capacity=self.capacity, padding_side=side)
 
     def read(self, counts: Iterable[int], *, last_only: bool = False) -> list[Seen]:
         """Read the next `counts[b]` tokens of each row `b` in one call."""
@@ -254,6 +287,34 @@ def select_join(engine: Engine, rows: Sequence[Row]) -> Iterator[Seen]:
     yield from feed.finish()
 
 
+def sources(engine: Engine, rows: Sequence[Row]) -> Iterator[Seen]:
+    """Rows in step with each other after sources of unequal length, reordered and repeated as beams are."""
+    steps = min(_SINGLES, *(len(row.ids) for row in rows))
+    feed = Feed(engine, rows)
+    yield from feed.read([1] * len(rows), last_only=True)
+    last = len(rows) - 1
+    feed.select([last, *range(last), 0, last])
+    for _ in range(1, steps):
+        yield from feed.read([1] * len(feed.rows))
+
+
+def encoded(engine: Engine, rows: Sequence[Row]) -> Iterator[tuple[int, Mapping[str, AnyArray]]]:
+    """What the engine holds of each row's source: read alone, then in one batch with the others.
+
+    Yields:
+        Numbers of rows, and arrays by name, `(...)` without the batch's axis, cut to the row's own source.
+    """
+    assert isinstance(engine, SupportsEncoder)
+    groups = [[row] for row in rows]
+    lengths = {row.source.shape[-1] for row in rows if row.source is not None}
+    if engine.ragged_sources or len(lengths) == 1:
+        groups.append(list(rows))
+    for group in groups:
+        shown = engine.encoded(engine.encode(*pack([row.source for row in group if row.source is not None])))
+        for place, row in enumerate(group):
+            yield row.number, {name: array[place] for name, array in shown.items()}
+
+
 def _all(rows: Sequence[Row], vocab_size: int) -> list[Row]:
     return list(rows)
 
@@ -297,6 +358,14 @@ CASES: Final[Mapping[str, Case]] = MappingProxyType(
         "select/join": Case(_shortest_four, select_join),
     }
 )
+_WITH_SOURCES: Final[Mapping[str, Case]] = MappingProxyType(
+    {**CASES, "sources": Case(_shortest_four, sources)}
+)
+
+
+def cases_for(facts: ModelFacts) -> Mapping[str, Case]:
+    """Give the cases of a model: `CASES`, and one more where an encoder reads sources."""
+    return CASES if facts.source is None else _WITH_SOURCES
 
 
 def greedy(engine: Engine, rows: Sequence[Row], new_tokens: int) -> tuple[list[IntArray], list[Seen]]:
@@ -316,7 +385,7 @@ def greedy(engine: Engine, rows: Sequence[Row], new_tokens: int) -> tuple[list[I
     steps = new_tokens if context is None else max(1, min(new_tokens, context - longest))
     lengths = np.array([len(ids) for ids in prompts], dtype=np.int64)
     ids = np.stack([np.resize(prompt, longest) for prompt in prompts])
-    state = engine.begin(len(rows), capacity=longest + steps)
+    state = begin(engine, [row.source for row in rows], capacity=longest + steps)
     read = [prompt.tolist() for prompt in prompts]
     # One array from the start: logits put together at the end would be in memory twice.
     said = np.empty((len(rows), steps, engine.facts.vocab_size), np.float32)

@@ -5,7 +5,7 @@ with those of the honest oracle: one full, unpadded, uncached forward pass of ea
 turns a failed report into `ParityError`, so that nothing that failed is published.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
@@ -15,20 +15,26 @@ from numpy.typing import NDArray
 
 from lmopt.contracts import Engine
 from lmopt.errors import ParityError, ShapeError
-from lmopt.evaluation.cases import CASES, Seen, greedy, make_rows
+from lmopt.evaluation.cases import Row, Seen, cases_for, encoded, greedy, make_rows
 from lmopt.evaluation.divergence import DifferenceMeter
 from lmopt.evaluation.report import CaseResult, ParityReport
 from lmopt.evaluation.tolerances import Tolerance, tolerance_for
 from lmopt.generation.cohorts import for_unequal_rows
-from lmopt.types import FloatArray, IntArray, ModelFacts
+from lmopt.generation.sources import begin
+from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
-Reference: TypeAlias = Callable[[IntArray], FloatArray]
-"""From `(sequence,)` ids to `(sequence, vocab)` float32 logits, by a full forward without cache."""
+Reference: TypeAlias = Callable[..., FloatArray]
+"""From `(sequence,)` ids, and for encoder-decoders the source before them, to `(sequence, vocab)` float32 logits, by
+a full forward without cache."""
 
-Rounding: TypeAlias = Callable[[IntArray], FloatArray | None]
-"""From `(sequence,)` ids to `(sequence,)` float32: the largest difference that the order of
-floating-point operations alone makes to the reference's logits at each position; `None` where the
-model offers no second order."""
+Encoded: TypeAlias = Callable[[AnyArray], Mapping[str, AnyArray]]
+"""From a source to what a decoder holds of it, by the names of `lmopt.contracts.SupportsEncoder.encoded`, each with a
+first axis of size 1."""
+
+Rounding: TypeAlias = Callable[..., FloatArray | None]
+"""From `(sequence,)` ids, and for encoder-decoders the source before them, to `(sequence,)` float32: the largest
+difference that the order of floating-point operations alone makes to the reference's logits at each position; `None`
+where the model offers no second order."""
 
 # Two sums in float32 that differ only by their order differ by random walks of like size: three times
 # the one that was seen covers another engine's order. One walk may end where it began, and the first
@@ -117,6 +123,9 @@ class Examination:
         new_tokens: As for `measure`.
         rounding: As for `measure`.
         progress: As for `measure`.
+        sources: For encoder-decoders: what is read before the rows; `None` draws some.
+        encoded: For encoder-decoders: what the reference holds of a source. The case `"encoder"` compares it,
+            in units of its largest value.
 
     Raises:
         UnsupportedOptionError, UnsupportedError, InputError, ShapeError: As `measure`.
@@ -135,12 +144,18 @@ class Examination:
         new_tokens: int = 32,
         rounding: Rounding | None = None,
         progress: Callable[[int, int], None] | None = None,
+        sources: Sequence[AnyArray] | None = None,
+        encoded: Encoded | None = None,
     ) -> None:
         self._limits = tolerance or tolerance_for(dtype)
-        self._rows = make_rows(facts, prompts, lengths, seed)
-        longest = max(self._rows, key=lambda row: len(row.ids)).ids
+        self._cases = cases_for(facts)
+        self._rows = make_rows(facts, prompts, lengths, seed, sources)
+        self._encoded: dict[int, Mapping[str, AnyArray]] = {}
+        if encoded is not None:
+            self._encoded = {row.number: encoded(row.source) for row in self._rows if row.source is not None}
+        longest = max(self._rows, key=lambda row: len(row.ids))
         self._oracle = _Oracle(reference, rounding, _median(rounding, longest), facts, self._limits)
-        self._logits = {row.number: self._oracle.logits(row.ids) for row in self._rows}
+        self._logits = {row.number: self._oracle.logits(row.ids, row) for row in self._rows}
         self._new_tokens = max(1, new_tokens)
         self._progress = progress
         self._ids = "random" if prompts is None else "text"
@@ -159,10 +174,11 @@ class Examination:
             EngineError: It returned logits of a wrong shape.
         """
         engine = for_unequal_rows(candidate)
-        slacks = {row.number: self._oracle.slack(row.ids) for row in self._rows}
+        slacks = {row.number: self._oracle.slack(row.ids, row) for row in self._rows}
         vocab = candidate.facts.vocab_size
-        chosen = [case.choose(self._rows, vocab) for case in CASES.values()]
-        for number, (name, case) in enumerate(CASES.items()):
+        self._compare_encoded(candidate)
+        chosen = [case.choose(self._rows, vocab) for case in self._cases.values()]
+        for number, (name, case) in enumerate(self._cases.items()):
             self._tell(number)
             meter = self._meters[name] = DifferenceMeter(self._limits)
             for seen in case.run(engine, chosen[number]):
@@ -171,7 +187,7 @@ class Examination:
                 del seen
             needed = {row.number for rows in chosen[number + 1 :] for row in rows}
             self._logits = {row: logits for row, logits in self._logits.items() if row in needed}
-        self._tell(len(CASES))
+        self._tell(len(self._cases))
         self._greedy = greedy(engine, self._rows[:4], self._new_tokens)
         says = candidate.report()
         self._candidate = f"{says.backend} {says.device} {says.dtype}"
@@ -188,10 +204,10 @@ class Examination:
         meter = self._meters["greedy"] = DifferenceMeter(self._limits)
         read, steps = self._greedy
         for seen in steps:
-            ids = read[seen.row]
-            _judge(meter, self._oracle.logits(ids), seen, self._oracle.slack(ids))
+            ids, row = read[seen.row], self._rows[seen.row]
+            _judge(meter, self._oracle.logits(ids, row), seen, self._oracle.slack(ids, row))
         cases = [CaseResult.judge(name, one.result(), self._limits) for name, one in self._meters.items()]
-        self._tell(len(CASES) + 1)
+        self._tell(len(self._cases) + 1)
         return ParityReport(
             candidate=self._candidate,
             tolerance=self._limits,
@@ -201,9 +217,25 @@ class Examination:
             seed=self._seed,
         )
 
+    def _compare_encoded(self, candidate: Engine) -> None:
+        """Compare what candidate and reference hold of each source."""
+        if not any(self._encoded.values()):
+            return
+        meter = self._meters["encoder"] = DifferenceMeter(self._limits)
+        for number, shown in encoded(candidate, self._rows):
+            expected = self._encoded[number]
+            for name, array in shown.items():
+                own = expected[name][0].astype(np.float32)
+                # Behind a row's own source lies padding.
+                array = array[tuple(slice(size) for size in own.shape)]
+                # Unlike logits these have any size (Whisper's keys reach far beyond 100), and rounding goes with it.
+                scale = np.float32(max(1.0, float(np.abs(own).max())))
+                meter.update(own / scale, array / scale)
+        self._encoded = {}
+
     def _tell(self, done: int) -> None:
         if self._progress is not None:
-            self._progress(done, len(CASES) + 1)
+            self._progress(done, len(self._cases) + 1)
 
 
 def require(
@@ -236,8 +268,8 @@ def require(
 def engine_reference(engine: Engine) -> Reference:
     """Make a reference of an engine: a fresh state and one call for each row."""
 
-    def logits(ids: IntArray) -> FloatArray:
-        state = engine.begin(1, capacity=len(ids))
+    def logits(ids: IntArray, source: AnyArray | None = None) -> FloatArray:
+        state = begin(engine, [source], capacity=len(ids))
         result, _ = engine.forward(ids[None, :], np.array([len(ids)], dtype=np.int64), state)
         return np.asarray(result[0])
 
@@ -248,24 +280,30 @@ def engine_rounding(engine: Engine) -> Rounding:
     """Make the rounding of an engine that is the reference: it reads a row at once and in pieces."""
     whole = engine_reference(engine)
 
-    def rounding(ids: IntArray) -> FloatArray:
-        state, parts = engine.begin(1, capacity=len(ids)), []
+    def rounding(ids: IntArray, source: AnyArray | None = None) -> FloatArray:
+        state, parts = begin(engine, [source], capacity=len(ids)), []
         for start in range(0, len(ids), _PIECE):
             piece = ids[None, start : start + _PIECE]
             logits, state = engine.forward(piece, np.array([piece.shape[1]], dtype=np.int64), state)
             parts.append(logits[0])
-        largest: FloatArray = np.abs(np.concatenate(parts) - whole(ids)).max(-1)
+        largest: FloatArray = np.abs(np.concatenate(parts) - whole(ids, source)).max(-1)
         return largest
 
     return rounding
 
 
-def _median(rounding: Rounding | None, ids: IntArray) -> Callable[[], float]:
+def _uncertain(rounding: Rounding | None, ids: IntArray, row: Row) -> FloatArray | None:
+    if rounding is None:
+        return None
+    return rounding(ids) if row.source is None else rounding(ids, row.source)
+
+
+def _median(rounding: Rounding | None, row: Row) -> Callable[[], float]:
     """Make what gives the median of the rounding of a row, measured once, and only if it is asked for."""
 
     @cache
     def median() -> float:
-        found = None if rounding is None else rounding(ids)
+        found = _uncertain(rounding, row.ids, row)
         return 0.0 if found is None else float(np.median(found))
 
     return median
@@ -284,8 +322,8 @@ class _Oracle:
     facts: ModelFacts
     limits: Tolerance
 
-    def logits(self, ids: IntArray) -> FloatArray:
-        logits = self.reference(ids)
+    def logits(self, ids: IntArray, row: Row) -> FloatArray:
+        logits = self.reference(ids) if row.source is None else self.reference(ids, row.source)
         if logits.shape != (len(ids), self.facts.vocab_size):
             raise ShapeError(
                 f"the reference gave logits of shape {logits.shape} for {len(ids)} tokens; "
@@ -293,12 +331,12 @@ class _Oracle:
             )
         return logits
 
-    def slack(self, ids: IntArray) -> _Slack:
+    def slack(self, ids: IntArray, row: Row) -> _Slack:
         """Make what gives `(tokens,)` slack of a row, measured once, and only if it is asked for."""
 
         @cache
         def slack() -> NDArray[np.float64]:
-            uncertain = self.rounding(ids) if self.rounding is not None else None
+            uncertain = _uncertain(self.rounding, ids, row)
             if uncertain is None:
                 return np.zeros(len(ids))
             most = _MOST_SLACK * (self.limits.atol or 0.0)

@@ -18,6 +18,7 @@ from lmopt.generation.interruption import Interruption
 from lmopt.generation.results import FinishReason, Generation
 from lmopt.generation.rows import Row
 from lmopt.generation.sampling import check_best, largest, log_normalizer
+from lmopt.generation.sources import begin
 from lmopt.generation.stopping import Detokenizer
 from lmopt.types import FloatArray, IntArray
 
@@ -197,7 +198,8 @@ def beam_search(
     active = [search for search in searches if search.row.finish_reason is None]
     if not active:
         return [search.results(tokenizer) for search in searches]
-    state = engine.begin(len(active), capacity=max(search.row.history.max_length for search in active))
+    longest = max(search.row.history.max_length for search in active)
+    state = begin(engine, [search.row.source for search in active], capacity=longest)
     lengths = np.array([search.length for search in active])
     input_ids = np.zeros((len(active), lengths.max()), np.int64)
     for line, search in zip(input_ids, active, strict=True):

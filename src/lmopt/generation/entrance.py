@@ -9,6 +9,7 @@ import numpy as np
 from lmopt.contracts import Engine, State
 from lmopt.generation.prefixes import LEAST, shared
 from lmopt.generation.rows import Row
+from lmopt.generation.sources import begin
 from lmopt.generation.workspace import Workspace
 from lmopt.types import FloatArray
 
@@ -126,7 +127,7 @@ class Entrance:
             one.state = None
         if not states:
             # Room for the longest row around: they are going to share a batch.
-            state = engine.begin(count, capacity=self._longest)
+            state = begin(engine, [one.rows[0].source for one in group], capacity=self._longest)
         else:
             state = states[0] if count == 1 else engine.join(states)
         logits, state = engine.forward(input_ids, lengths, state, last_only=True)

@@ -1,15 +1,15 @@
 """An engine that several threads use and that one of them may close."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Self
 
-from lmopt.contracts import Engine, EngineReport, PaddingSide, State, SupportsBest
+from lmopt.contracts import Engine, EngineReport, PaddingSide, State, SupportsBest, SupportsEncoder
 from lmopt.errors import ClosedError
 from lmopt.generation.choosing import most_best
 from lmopt.generation.prefixes import rewinds
-from lmopt.types import FloatArray, IntArray, ModelFacts
+from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 
 class GuardedEngine:
@@ -68,6 +68,30 @@ class GuardedEngine:
         """Make the empty state of `batch` rows."""
         with self._open() as engine:
             return engine.begin(batch, capacity=capacity, padding_side=padding_side)
+
+    @property
+    def ragged_sources(self) -> bool:
+        """Whether rows may have sources of unequal length."""
+        return isinstance(self._engine, SupportsEncoder) and self._engine.ragged_sources
+
+    def encode(
+        self,
+        inputs: AnyArray,
+        lengths: IntArray,
+        *,
+        capacity: int | None = None,
+        padding_side: PaddingSide = "right",
+    ) -> State:
+        """Read sources; for engines that run encoder-decoder models."""
+        with self._open() as engine:
+            state: State = engine.encode(inputs, lengths, capacity=capacity, padding_side=padding_side)  # type: ignore[attr-defined]
+            return state
+
+    def encoded(self, state: State) -> Mapping[str, AnyArray]:
+        """Show what rows hold of their sources."""
+        with self._open() as engine:
+            shown: Mapping[str, AnyArray] = engine.encoded(state)  # type: ignore[attr-defined]
+            return shown
 
     def forward(
         self, input_ids: IntArray, lengths: IntArray, state: State, *, last_only: bool = False

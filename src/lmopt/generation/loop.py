@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lmopt.contracts import Engine
 from lmopt.errors import UnsupportedOptionError
@@ -27,6 +27,7 @@ def generate(
     prompts: Sequence[Sequence[int] | IntArray],
     config: GenerationConfig | Sequence[GenerationConfig] | None = None,
     *,
+    sources: Sequence[Any] | None = None,
     tokenizer: Detokenizer | None = None,
     cancel: Cancels = None,
     on_token: OnToken | None = None,
@@ -45,8 +46,11 @@ def generate(
 
     Args:
         engine: Any engine.
-        prompts: Token ids, of any lengths; an empty one starts from `bos_token_id`.
+        prompts: Token ids, of any lengths; an empty one starts from `bos_token_id`. For an encoder-decoder,
+            what its decoder has been said to write; an empty one starts from its start token.
         config: Options, or a list with those of each prompt; `GenerationConfig()` where `None`.
+        sources: What the encoder reads, one a prompt: `(source,)` ids or `(size, source)` features. `None` for
+            models without an encoder.
         tokenizer: For text and stop strings; without it `Generation.text` is `None`.
         cancel: Looked at before each call of the engine, one for the request or a list with one (or
             `None`) a prompt; what is there by then is returned, with the `finish_reason` `"cancelled"`
@@ -67,7 +71,7 @@ def generate(
         EngineError: The engine returned NaN, or failed.
     """
     config = config or GenerationConfig()
-    rows = prepare(engine, prompts, config, tokenizer)
+    rows = prepare(engine, prompts, config, tokenizer, sources)
     if not rows:
         return []
     interruption = Interruption(cancel, rows)

@@ -6,26 +6,33 @@ from typing import Any, Final, NoReturn
 
 from lmopt.errors import UnsupportedOptionError
 
-# Bookkeeping, cache layout and extra outputs: none of them changes which tokens come out.
+# Bookkeeping, cache layout, names of tokens and extra outputs: none of them changes which tokens come out.
 HARMLESS: Final = frozenset(
     {
         "_commit_hash",
         "_from_model_config",
         "_name_or_path",
+        "alignment_heads",
         "cache_config",
         "cache_implementation",
         "compile_config",
         "continuous_batching_config",
         "decoder_start_token_id",
         "disable_compile",
+        "is_multilingual",
+        "lang_to_id",
         "max_cache_len",
+        "max_initial_timestamp_index",
+        "no_timestamps_token_id",
         "output_attentions",
         "output_hidden_states",
         "output_logits",
         "output_scores",
         "prefill_chunk_size",
+        "prev_sot_token_id",
         "return_dict_in_generate",
         "return_legacy_cache",
+        "task_to_id",
         "transformers_version",
         "trust_remote_code",
         "use_cache",
@@ -55,6 +62,7 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "num_beam_groups": (1,),
     "penalty_alpha": (0.0,),
     "remove_invalid_values": (False,),
+    "return_timestamps": (False,),
     "sequence_bias": (),
     "speculation_type": (),
     "target_lookbehind": (10,),

@@ -66,8 +66,11 @@ class PrefixStore:
         self._lock = threading.Lock()
 
     def serves(self, engine: Engine) -> bool:
-        """Whether anything can be kept: whether the engine's rows can be copied and rewound."""
-        return self._limit > 0 and rewinds(engine)
+        """Whether anything can be kept: whether the engine's rows can be copied and rewound.
+
+        With an encoder, what a prompt's tokens come to depends on the source before them: nothing is kept then.
+        """
+        return self._limit > 0 and engine.facts.source is None and rewinds(engine)
 
     def take(self, engine: Engine, ids: IntArray, capacity: int) -> tuple[int, State | None]:
         """Find the text that shares the longest beginning with a prompt.

@@ -6,20 +6,33 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lmopt.errors import DtypeError, InputError, ShapeError, TokenIdError
-from lmopt.types import IntArray
+from lmopt.types import IntArray, SourceFacts
 
 Prompt: TypeAlias = str | Sequence[int] | IntArray
 """A text, or a row of token ids."""
 
 
-def as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
+def as_prompts(prompt: Any, *, features: bool = False) -> tuple[list[Prompt], bool]:
     """Tell one prompt from many.
+
+    Args:
+        prompt: One, or a list or array of them.
+        features: Whether they are features, `(size, positions)` float arrays, in the place of text.
 
     Raises:
         DtypeError: It is neither text nor ids.
         ShapeError: An array has more than two axes.
         InputError: A list mixes ids and prompts.
     """
+    if features:
+        if isinstance(prompt, np.ndarray):
+            return (list(prompt), True) if prompt.ndim == 3 else ([prompt], False)
+        if not isinstance(prompt, Sequence) or not all(isinstance(one, np.ndarray) for one in prompt):
+            raise DtypeError(
+                f"this model reads features: an array (size, positions) of float32, or a list of such, not "
+                f"{type(prompt).__name__}. For sound: Runtime.transcribe"
+            )
+        return list(prompt), True
     if isinstance(prompt, str):
         return [prompt], False
     if isinstance(prompt, np.ndarray):
@@ -40,6 +53,28 @@ def as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
     if any(numbers):
         raise InputError("a list of prompts holds texts or rows of ids, not single ids among them")
     return list(prompt), True
+
+
+def decoder_prompts(given: Any, count: int, source: SourceFacts) -> list[Any]:
+    """Bring what decoders have been said to write into `count` rows of ids; empty ones where nothing is given.
+
+    Decoders of text begin with the model's start token: it is put in front where it is missing, as transformers
+    does. A speech model's rows are taken as they are, since it may be given what was said before.
+
+    Args:
+        given: A row of ids for all, a list with one a source, or `None`.
+        count: Number of sources.
+        source: What the encoder reads.
+    """
+    if given is None:
+        return [[] for _ in range(count)]
+    rows: list[Any]
+    rows, many = as_prompts(given)
+    if source.kind == "ids":
+        rows = [
+            row if list(row[:1]) == [source.start_token_id] else [source.start_token_id, *row] for row in rows
+        ]
+    return rows if many else rows * count
 
 
 def check_ids(ids: Sequence[int] | IntArray, vocab_size: int, what: str) -> IntArray:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from lmopt.contracts import Engine
 from lmopt.errors import EmptyPromptError, LmoptError, TokenizerError, UnsupportedOptionError
@@ -15,8 +15,9 @@ from lmopt.generation.prompts import check_ids
 from lmopt.generation.randomness import fresh_seed, uniform
 from lmopt.generation.results import FinishReason, Generation, Token
 from lmopt.generation.sampling import largest, log_normalizer
+from lmopt.generation.sources import check_source
 from lmopt.generation.stopping import Detokenizer, StopStrings
-from lmopt.types import FloatArray, IntArray
+from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 
 class Cancel(Protocol):
@@ -43,6 +44,7 @@ class Row:
         lookup: Drafts from what it has seen, `None` where they are not asked for.
         deadline: When it must end, on the clock of `time.monotonic`.
         cancel: Ends it from outside, `None` where nothing of its own does.
+        source: What its encoder reads; `None` for models without one.
         logprobs: As in `Generation`.
         top_logprobs: As in `Generation`.
         finish_reason: `None` while it grows.
@@ -60,6 +62,7 @@ class Row:
     lookup: Lookup | None = None
     deadline: float | None = None
     cancel: Cancel | None = None
+    source: AnyArray | None = None
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -141,6 +144,7 @@ def prepare(
     prompts: Sequence[Sequence[int] | IntArray],
     config: GenerationConfig | Sequence[GenerationConfig],
     tokenizer: Detokenizer | None,
+    sources: Sequence[Any] | None = None,
 ) -> list[Row]:
     """Check the prompts and make the rows, `num_return_sequences` a prompt, next to each other.
 
@@ -150,14 +154,21 @@ def prepare(
         InputError: A prompt is malformed, empty or too long; the number of it is in the message.
         TokenIdError: An option names an id outside the vocabulary.
         TokenizerError: Stop strings are asked for and no tokenizer is given.
-        UnsupportedOptionError: The number of seeds or configs is not that of prompts.
+        UnsupportedOptionError: The number of seeds, configs or sources is not that of prompts.
+        UnsupportedError: There are sources and the model has no encoder, or the other way round.
     """
     configs = [config] * len(prompts) if isinstance(config, GenerationConfig) else list(config)
     if len(configs) != len(prompts):
         raise UnsupportedOptionError(
             f"{len(configs)} configs were given for {len(prompts)} prompts. Give one a prompt, or just one."
         )
-    vocab_size, now = engine.facts.vocab_size, time.monotonic()
+    given = [None] * len(prompts) if sources is None else list(sources)
+    if len(given) != len(prompts):
+        raise UnsupportedOptionError(
+            f"{len(given)} sources were given for {len(prompts)} prompts. Give one a prompt."
+        )
+    facts, now = engine.facts, time.monotonic()
+    vocab_size = facts.vocab_size
     # What does not change is shared by the rows of one config.
     parts = {id(one): (_stop_strings(one, tokenizer), build_processors(one, vocab_size)) for one in configs}
     rows = []
@@ -168,8 +179,9 @@ def prepare(
             )
         ids = check_ids(prompt, vocab_size, f"prompt {number}")
         if ids.size == 0:
-            ids = _empty_prompt(one, vocab_size, number)
-        new_tokens = one.new_tokens(ids.size, engine.facts.context_length)
+            ids = _empty_prompt(one, facts, number)
+        source = check_source(given[number], facts, f"source {number}")
+        new_tokens = one.new_tokens(ids.size, facts.context_length)
         seed = one.seed_of(number) if one.do_sample else None
         if one.do_sample and seed is None:
             seed = fresh_seed()
@@ -186,6 +198,7 @@ def prepare(
                 seed=seed,
                 lookup=Lookup.of(one),
                 deadline=None if one.max_time is None else now + one.max_time,
+                source=source,
             )
             for copy in range(one.num_return_sequences if one.num_beams == 1 else 1)
         ]
@@ -200,7 +213,10 @@ def _stop_strings(config: GenerationConfig, tokenizer: Detokenizer | None) -> St
     return StopStrings(config.stops, tokenizer)
 
 
-def _empty_prompt(config: GenerationConfig, vocab_size: int, number: int) -> IntArray:
+def _empty_prompt(config: GenerationConfig, facts: ModelFacts, number: int) -> IntArray:
+    vocab_size = facts.vocab_size
+    if facts.source is not None:
+        return check_ids([facts.source.start_token_id], vocab_size, "decoder_start_token_id")
     if config.bos_token_id is None:
         raise EmptyPromptError(
             f"prompt {number} is empty, and the model has no beginning-of-sequence id to start from. "

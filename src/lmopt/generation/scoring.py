@@ -1,15 +1,17 @@
 """Log-probabilities of given tokens."""
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from lmopt.contracts import Engine
-from lmopt.errors import ContextLengthError, EmptyPromptError
+from lmopt.errors import ContextLengthError, EmptyPromptError, InputError
+from lmopt.generation.cohorts import for_unequal_rows
 from lmopt.generation.prompts import check_ids
 from lmopt.generation.sampling import largest, log_normalizer
-from lmopt.types import FloatArray, IntArray
+from lmopt.generation.sources import begin, check_source
+from lmopt.types import AnyArray, FloatArray, IntArray
 
 _LOGIT_BYTES: Final = 128 * 2**20
 
@@ -18,6 +20,7 @@ def score(
     engine: Engine,
     rows: Sequence[Sequence[int] | IntArray],
     *,
+    sources: Sequence[Any] | None = None,
     batch_size: int = 8,
     logit_bytes: int = _LOGIT_BYTES,
 ) -> list[FloatArray]:
@@ -26,6 +29,7 @@ def score(
     Args:
         engine: Any engine.
         rows: Token ids, at least one a row, of any lengths.
+        sources: What the encoder reads before each row; `None` for models without one.
         batch_size: Most rows in one call of the engine.
         logit_bytes: Most bytes of logits in one call: longer rows are read in parts.
 
@@ -38,7 +42,7 @@ def score(
         ContextLengthError: A row is longer than the model's context.
         TokenIdError: An id is outside the vocabulary.
     """
-    return _score(engine, rows, 0, batch_size, logit_bytes)[0]
+    return _score(engine, rows, sources, 0, batch_size, logit_bytes)[0]
 
 
 def score_with_top(
@@ -57,11 +61,16 @@ def score_with_top(
     Raises:
         InputError: As `score` does.
     """
-    return _score(engine, rows, top, 8, _LOGIT_BYTES)
+    return _score(engine, rows, None, top, 8, _LOGIT_BYTES)
 
 
 def _score(
-    engine: Engine, rows: Sequence[Sequence[int] | IntArray], top: int, batch_size: int, logit_bytes: int
+    engine: Engine,
+    rows: Sequence[Sequence[int] | IntArray],
+    sources: Sequence[Any] | None,
+    top: int,
+    batch_size: int,
+    logit_bytes: int,
 ) -> tuple[list[FloatArray], list[list[dict[int, float]]]]:
     facts = engine.facts
     checked = [check_ids(row, facts.vocab_size, f"row {number}") for number, row in enumerate(rows)]
@@ -74,12 +83,22 @@ def _score(
                 f"Split it, or use perplexity, which slides a window."
             )
     tops: list[list[dict[int, float]]] = [[] for _ in checked]
+    given = [None] * len(checked) if sources is None else list(sources)
+    if len(given) != len(checked):
+        raise InputError(f"{len(given)} sources were given for {len(checked)} rows. Give one a row.")
+    read = [check_source(one, facts, f"source {number}") for number, one in enumerate(given)]
     scores: list[FloatArray] = [np.empty(ids.size - 1, np.float32) for ids in checked]
     # Neighbours of like length waste little on padding.
     order = sorted((n for n in range(len(checked)) if checked[n].size > 1), key=lambda n: checked[n].size)
     width = max(1, logit_bytes // (4 * facts.vocab_size * max(1, min(batch_size, len(order)))))
-    for batch in _batches(engine, checked, order, batch_size):
-        parts = _score_batch(engine, [checked[n] for n in batch], [scores[n] for n in batch], width)
+    batches = _batches(checked, order, batch_size, equal=not engine.ragged)
+    if facts.source is not None:
+        # Rows of equal length may still have sources that are not.
+        engine = for_unequal_rows(engine)
+    for batch in batches:
+        parts = _score_batch(
+            engine, [checked[n] for n in batch], [read[n] for n in batch], [scores[n] for n in batch], width
+        )
         for place, logits in parts:
             if top:
                 tops[batch[place]] += [_likeliest(line, top) for line in logits]
@@ -91,12 +110,12 @@ def _likeliest(logits: FloatArray, top: int) -> dict[int, float]:
     return {one: float(logits[one]) - normalizer for one in largest(logits, top).tolist()}
 
 
-def _batches(engine: Engine, rows: list[IntArray], order: list[int], size: int) -> list[list[int]]:
+def _batches(rows: list[IntArray], order: list[int], size: int, *, equal: bool) -> list[list[int]]:
     """Cut `order` into batches; of equal lengths where the engine takes no others."""
     batches: list[list[int]] = []
     for number in order:
         fits = batches and len(batches[-1]) < size
-        if fits and (engine.ragged or rows[batches[-1][0]].size == rows[number].size):
+        if fits and (not equal or rows[batches[-1][0]].size == rows[number].size):
             batches[-1].append(number)
         else:
             batches.append([number])
@@ -104,7 +123,11 @@ def _batches(engine: Engine, rows: list[IntArray], order: list[int], size: int) 
 
 
 def _score_batch(
-    engine: Engine, rows: list[IntArray], scores: list[FloatArray], width: int
+    engine: Engine,
+    rows: list[IntArray],
+    sources: list[AnyArray | None],
+    scores: list[FloatArray],
+    width: int,
 ) -> Iterator[tuple[int, FloatArray]]:
     """Score rows that ascend in length, `width` tokens of each at a time; fills `scores`.
 
@@ -112,7 +135,7 @@ def _score_batch(
         Place of a row, and the logits for its next tokens.
     """
     # The last token is only predicted, never read.
-    state = engine.begin(len(rows), capacity=rows[-1].size - 1)
+    state = begin(engine, sources, capacity=rows[-1].size - 1)
     active = list(range(len(rows)))
     for start in range(0, rows[-1].size - 1, width):
         kept = [place for place, number in enumerate(active) if rows[number].size - 1 > start]

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Generator, Sequence
+from typing import Any
 
 from lmopt.contracts import Engine
 from lmopt.errors import TokenizerError, UnsupportedOptionError
@@ -120,6 +121,7 @@ def stream(
     prompt: Sequence[int] | IntArray,
     config: GenerationConfig | None = None,
     *,
+    source: Any = None,
     tokenizer: Detokenizer,
     cancel: Cancel | None = None,
     workspace: Workspace | None = None,
@@ -134,6 +136,7 @@ def stream(
         engine: Any engine.
         prompt: Token ids.
         config: Options; `GenerationConfig()` where `None`.
+        source: What the encoder reads; `None` for models without one.
         tokenizer: Turns ids into text.
         cancel: Something with `is_set()`, such as a `threading.Event`, looked at before each call of the
             engine.
@@ -151,7 +154,7 @@ def stream(
         )
     if tokenizer is None:
         raise TokenizerError("a stream of text needs a tokenizer. Pass one, or call generate for token ids.")
-    (row,) = prepare(engine, [prompt], config, tokenizer)
+    (row,) = prepare(engine, [prompt], config, tokenizer, [source])
     running = steps(engine, [row], workspace or Workspace(), Interruption(cancel, [row]))
     return _pieces(running, row, tokenizer)
 

@@ -3,15 +3,23 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
 
 from lmopt.contracts import ArtifactView, Engine, EngineRequest
 from lmopt.registry import backends
 from lmopt.spec import BackendSpec
-from lmopt.types import FloatArray, IntArray, ModelFacts
+from lmopt.testing.sourced import SourcedEngine
+from lmopt.types import AnyArray, FloatArray, ModelFacts
 
-Reference = Callable[[IntArray], FloatArray]
-"""Takes `(sequence,)` ids; gives `(sequence, vocab)` float32 logits of eager PyTorch in float32."""
+Reference = Callable[..., FloatArray]
+"""Takes `(sequence,)` ids, and for encoder-decoders a source (`None` for that of `SOURCE_SEED`); gives
+`(sequence, vocab)` float32 logits of eager PyTorch in float32."""
+
+SOURCE_SEED: Final = 7
+"""Seed of the source that rows of an encoder-decoder begin with, where a rule knows of no sources."""
+SOURCE_LENGTH: Final = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,8 @@ class Case:
             options=options,
         )
         engine: Engine = backends.load(self.backend)(request)
+        if subject.facts.source is not None:
+            return SourcedEngine(engine, draw_source(subject.facts, SOURCE_LENGTH, seed=SOURCE_SEED))
         return engine
 
     @contextmanager
@@ -99,3 +109,19 @@ class Case:
             yield engine
         finally:
             engine.close()
+
+
+def draw_source(facts: ModelFacts, length: int, *, seed: int) -> AnyArray:
+    """Draw a source of an encoder-decoder.
+
+    Args:
+        facts: Facts of the model.
+        length: Positions, where the encoder does not take one length only.
+        seed: Seed of the random numbers.
+    """
+    assert facts.source is not None
+    random = np.random.default_rng(seed)
+    if facts.source.kind == "ids":
+        return random.integers(0, facts.source.size, length)
+    positions = facts.source.length if facts.source.fixed and facts.source.length else length
+    return random.normal(size=(facts.source.size, positions)).astype(np.float32)

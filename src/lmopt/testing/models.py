@@ -50,7 +50,7 @@ def tiny_llama(seed: int = 0) -> "nn.Module":
         bos_token_id=1,
         eos_token_id=2,
     )
-    return _seeded(lambda: LlamaForCausalLM(config), seed)
+    return seeded(lambda: LlamaForCausalLM(config), seed)
 
 
 def tiny_gpt(seed: int = 0) -> "nn.Module":
@@ -119,7 +119,7 @@ def tiny_gpt(seed: int = 0) -> "nn.Module":
                 after.append(layer_after)
             return self.head(self.norm(hidden)), after
 
-    return _seeded(TinyGpt, seed)
+    return seeded(TinyGpt, seed)
 
 
 def tiny_lstm(seed: int = 0) -> "nn.Module":
@@ -148,7 +148,7 @@ def tiny_lstm(seed: int = 0) -> "nn.Module":
             return self.head(hidden), after
 
     # Gates squash what they read: a larger gain keeps distant tokens in the logits.
-    return _seeded(TinyLstm, seed, gain=2.0)
+    return seeded(TinyLstm, seed, gain=2.0)
 
 
 def require_torch() -> None:
@@ -162,7 +162,7 @@ def require_torch() -> None:
         ) from error
 
 
-def _seeded(build: Any, seed: int, gain: float = 1.0) -> "nn.Module":
+def seeded(build: Any, seed: int, gain: float = 1.0) -> "nn.Module":
     """Build a module and draw its weights from a generator of its own, leaving torch's alone."""
     import torch
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from lmopt.errors import UnsupportedOptionError
 from lmopt.registry import backends, exporters
 from lmopt.testing.case import Case
-from lmopt.testing.checks import ENGINE_CHECKS, SPEC_CHECKS, check_name
-from lmopt.testing.workshop import LIVE, MODELS, Workshop, exporter_for, missing_device
+from lmopt.testing.checks import ENCODER_CHECKS, ENGINE_CHECKS, SPEC_CHECKS, check_name
+from lmopt.testing.workshop import ENCODER_MODELS, LIVE, MODELS, Workshop, exporter_for, missing_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class PlannedCheck:
 def plan(
     backend: str,
     *,
-    models: Sequence[str] = tuple(MODELS),
+    models: Sequence[str] = (*MODELS, *ENCODER_MODELS),
     devices: Sequence[str] | None = None,
     expected_failures: Mapping[str, str] | None = None,
     workshop: Workshop | None = None,
@@ -54,7 +54,8 @@ def plan(
 
     Args:
         backend: Name of the backend.
-        models: Tiny models to run, of `lmopt.testing.models`.
+        models: Tiny models to run, of `lmopt.testing.models` and `lmopt.testing.seq2seq`; the latter only where the
+            backend declares the feature `"encoder"`, and in float32.
         devices: Devices to run on; those declared by the spec where `None`.
         expected_failures: Check to reason. A key is a check's name (all its cases), an id
             `name[case]`, or a pattern for ids with `*`.
@@ -64,9 +65,10 @@ def plan(
         UnsupportedOptionError: A model is unknown, or a key of `expected_failures` fits no check.
         PluginError: The backend's spec cannot be loaded.
     """
-    unknown = set(models) - set(MODELS)
+    unknown = set(models) - {*MODELS, *ENCODER_MODELS}
     if unknown:
-        raise UnsupportedOptionError(f"no tiny model is named {sorted(unknown)}; there are {list(MODELS)}")
+        known = [*MODELS, *ENCODER_MODELS]
+        raise UnsupportedOptionError(f"no tiny model is named {sorted(unknown)}; there are {known}")
     can = backends.spec(backend).can
     workshop = workshop or Workshop()
     planned = [_of_spec(backend, check) for check in SPEC_CHECKS]
@@ -84,9 +86,14 @@ def plan(
         for model, target, device, dtype in itertools.product(
             models, _dialects(model_format), usable, can.dtypes
         ):
+            encodes = model in ENCODER_MODELS
+            # Their graphs are as many again, and their dialects and types no others than those of the rest.
+            if encodes and ("encoder" not in can.features or target or dtype != "float32"):
+                continue
             make = workshop.case(backend, model, model_format, device, dtype, target)
             case = "-".join(part for part in (model, model_format, target, device, dtype) if part)
-            planned += [_of_case(check, case, make) for check in ENGINE_CHECKS]
+            checks = ENCODER_CHECKS if encodes else ENGINE_CHECKS
+            planned += [_of_case(check, case, make) for check in checks]
     return _mark(planned, expected_failures or {})
 
 

@@ -18,9 +18,9 @@ from lmopt.artifact import Artifact, publish
 from lmopt.contracts import ExportRequest
 from lmopt.errors import PluginError, UnsupportedError, UnsupportedPrecisionError
 from lmopt.registry import exporters
-from lmopt.testing import models
-from lmopt.testing.case import Case, Reference, Subject
-from lmopt.types import FloatArray, IntArray, ModelFacts
+from lmopt.testing import models, seq2seq
+from lmopt.testing.case import SOURCE_LENGTH, SOURCE_SEED, Case, Reference, Subject, draw_source
+from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts, SourceFacts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +34,12 @@ MODELS: Final[dict[str, Callable[[], Any]]] = {
     "lstm": models.tiny_lstm,
 }
 """Name to builder of the models that the kit runs."""
+
+ENCODER_MODELS: Final[dict[str, tuple[Callable[[], Any], SourceFacts]]] = {
+    "t5": (seq2seq.tiny_t5, seq2seq.T5_SOURCE),
+    "whisper": (seq2seq.tiny_whisper, seq2seq.WHISPER_SOURCE),
+}
+"""The same for backends that declare the feature `"encoder"`, with what the encoders read."""
 
 
 def exporter_for(model_format: str) -> str:
@@ -129,7 +135,7 @@ class Workshop:
         """Build a model in a format, its weights in a compute type, unless that is done already.
 
         Args:
-            model: One of `MODELS`.
+            model: One of `MODELS` or `ENCODER_MODELS`.
             model_format: Format.
             dtype: Compute type.
             target: Dialect; the exporter's default where empty.
@@ -150,15 +156,17 @@ class Workshop:
     def _build(self, model: str, model_format: str, dtype: str, dialect: str) -> Subject:
         import torch
 
-        module = MODELS[model]().to(getattr(torch, dtype))
+        build, source = (MODELS[model], None) if model in MODELS else ENCODER_MODELS[model]
+        module = build().to(getattr(torch, dtype))
         # The truth is computed in float32 from the weights as the type rounds them, so that only
         # the engine's arithmetic is judged.
-        reference = reference_of(MODELS[model]().to(getattr(torch, dtype)).float())
+        reference = reference_of(build().to(getattr(torch, dtype)).float(), source)
         facts = ModelFacts(
-            vocab_size=models.VOCAB_SIZE,
-            context_length=None if model == "lstm" else models.CONTEXT_LENGTH,
+            vocab_size=models.VOCAB_SIZE if source is None else seq2seq.VOCAB_SIZE,
+            context_length=None if model in ("lstm", "t5") else models.CONTEXT_LENGTH,
             parameters=sum(parameter.numel() for parameter in module.parameters()),
             architecture=type(module).__name__,
+            source=source,
         )
         if model_format == LIVE:
             return Subject(model, model_format, facts, reference, module=module)
@@ -205,9 +213,17 @@ def export(
     return Artifact.open(target)
 
 
-def reference_of(module: "nn.Module") -> Reference:
-    """Make the truth about a module: its own full forward pass over one row, without a cache."""
+def reference_of(module: "nn.Module", source: SourceFacts | None = None) -> Reference:
+    """Make the truth about a module: its own full forward pass over one row, without a cache.
+
+    Args:
+        module: The module.
+        source: What the encoder of a transformers encoder-decoder reads.
+    """
     import torch
+
+    if source is not None:
+        return _reference_after(module, ModelFacts(seq2seq.VOCAB_SIZE, source=source))
 
     @functools.lru_cache(maxsize=1024)
     def run(ids: tuple[int, ...]) -> FloatArray:
@@ -218,5 +234,19 @@ def reference_of(module: "nn.Module") -> Reference:
 
     def reference(ids: IntArray) -> FloatArray:
         return run(tuple(ids.tolist())).copy()
+
+    return reference
+
+
+def _reference_after(module: Any, facts: ModelFacts) -> Reference:
+    import torch
+
+    usual = draw_source(facts, SOURCE_LENGTH, seed=SOURCE_SEED)
+
+    def reference(ids: IntArray, source: AnyArray | None = None) -> FloatArray:
+        inputs = torch.from_numpy(usual if source is None else source)[None]
+        with torch.no_grad():
+            result = module(**{module.main_input_name: inputs}, decoder_input_ids=torch.from_numpy(ids)[None])
+        return np.asarray(result.logits[0].float().numpy())
 
     return reference

@@ -13,7 +13,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from lmopt.artifact import is_artifact
-from lmopt.errors import ArtifactExistsError, ContextLengthError, InputError, UnsupportedOptionError
+from lmopt.errors import (
+    ArtifactExistsError,
+    ContextLengthError,
+    InputError,
+    UnsupportedError,
+    UnsupportedOptionError,
+)
 from lmopt.model import Model
 from lmopt.training import checkpointing
 from lmopt.training.config import TrainingConfig
@@ -83,6 +89,10 @@ def train(
         DivergedError: A loss or gradient is not finite; the step is named and the last checkpoint kept.
     """
     settings = config or TrainingConfig()
+    if model.facts.source is not None:
+        raise UnsupportedError(
+            f"{model.source} is an encoder-decoder; lmopt trains models without an encoder so far"
+        )
     objective = loss or NextToken()
     if resume not in (True, "never"):
         raise InputError(f"resume is {resume!r}; expected True or 'never'")

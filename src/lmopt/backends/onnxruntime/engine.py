@@ -1,5 +1,6 @@
 """Open an exported decoder on ONNX Runtime, with the engine that its graph is written for."""
 
+from lmopt.backends.onnxruntime.encoder import Encoder
 from lmopt.backends.onnxruntime.graph import Graph
 from lmopt.backends.onnxruntime.growing_cache import GrowingCacheEngine
 from lmopt.backends.onnxruntime.providers import check_options
@@ -80,6 +81,14 @@ def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngin
     settings = SessionSettings(
         request.device, request.threads or usable_cpus(), spinning, provider, allow_tf32
     )
+    if "encoder" in record:
+        graph = Graph(request, settings, record["decoder"], widened=widen)
+        try:
+            encoder = Encoder(request.artifact, settings, graph.signature, widened=widen)
+        except BaseException:
+            graph.close()
+            raise
+        return GrowingCacheEngine(graph, request.facts, encoder)
     graph = Graph(request, settings, widened=widen)
     if shared:
         return SharedCacheEngine(graph, request.facts, deterministic=deterministic)

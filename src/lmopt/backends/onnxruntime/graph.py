@@ -35,6 +35,7 @@ class Graph:
     Args:
         request: Asks for an artefact that has the format.
         settings: How the session runs.
+        file: The decoder's graph.
         widened: Whether a bfloat16 graph is computed in float32.
 
     Attributes:
@@ -49,16 +50,16 @@ class Graph:
         EngineError: ONNX Runtime refuses the graph.
     """
 
-    def __init__(self, request: EngineRequest, settings: SessionSettings, *, widened: bool = False) -> None:
+    def __init__(
+        self, request: EngineRequest, settings: SessionSettings, file: str = MODEL, *, widened: bool = False
+    ) -> None:
         assert request.artifact is not None
+        self._file = file
         self._artifact: ArtifactView = request.artifact
         self._format: Mapping[str, Any] = request.artifact.manifest["formats"]["onnx"]
         self._settings = settings
         self._session: ort.InferenceSession | None = self._load(widened)
-        self.run_options = ort.RunOptions()
-        # Of graph capture on a GPU, and off; onnxruntime's Python asks for it in each run, and where it is not
-        # set an exception is raised and caught, which takes longer than all the rest around a run.
-        self.run_options.add_run_config_entry("gpu_graph_id", "-1")
+        self.run_options = run_options()
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self.signature = Signature.from_graph(_specs(inputs), _specs(outputs))
         self.keeps_logits = LOGITS_TO_KEEP in {
@@ -73,26 +74,7 @@ class Graph:
             )
 
     def _load(self, widened: bool) -> "ort.InferenceSession":
-        """Create the session while another thread hashes the weights, which are only numbers to it."""
-        model = self._artifact.file(MODEL)
-        with ThreadPoolExecutor(1, "lmopt-verify") as pool:
-            files = [name for name in self._format.get("files", ()) if name != MODEL]
-            verified = [pool.submit(self._artifact.file, name) for name in files]
-            try:
-                if widened:
-                    with tempfile.TemporaryDirectory(prefix="lmopt-widened-") as folder:
-                        session = create_session(widen(model, Path(folder)), self._settings)
-                else:
-                    session = create_session(model, self._settings)
-            except EngineError:
-                for one in verified:
-                    one.result()  # a damaged file explains more than what onnxruntime makes of it
-                raise
-            paths = [one.result() for one in verified]
-        # Most kernels have laid their weights out anew by now, and of a matrix that is looked up as well, as a
-        # tied embedding is, a text reads a few rows.
-        forget_files(paths)
-        return session
+        return open_session(self._artifact, self._file, self._settings, widened=widened)
 
     def session(self) -> "ort.InferenceSession":
         """Give the session; whoever holds it keeps it alive, also through `close`.
@@ -162,7 +144,7 @@ class Graph:
         if unknown := [name for name in names if name not in known]:
             raise InputError(f"the graph cannot show {unknown[0]!r}; tap_names() lists what it can")
         values = {name: known[name] for name in names}
-        source = _with_outputs(self._artifact.file(MODEL), list(values.values()))
+        source = _with_outputs(self._artifact.file(self._file), list(values.values()))
         session = create_session(source, self._settings, data_folder=self._artifact.path)
         ids = np.asarray(input_ids, np.int64)
         state = self.signature.begin(len(ids))
@@ -176,6 +158,48 @@ class Graph:
         wanted = list(dict.fromkeys(values.values()))
         computed = dict(zip(wanted, session.run(wanted, feeds), strict=True))
         return {name: computed[value] for name, value in values.items()}
+
+
+def open_session(
+    artifact: ArtifactView, file: str, settings: SessionSettings, *, widened: bool = False
+) -> "ort.InferenceSession":
+    """Create a session while another thread hashes the weights, which are only numbers to it.
+
+    Args:
+        artifact: Artefact with the format `onnx`; all files of it that belong to the graph are verified.
+        file: The graph.
+        settings: How the session runs.
+    """
+    model = artifact.file(file)
+    with ThreadPoolExecutor(1, "lmopt-verify") as pool:
+        files = [name for name in artifact.manifest["formats"]["onnx"].get("files", ()) if name != file]
+        # Of several graphs each has its weights in a file of its own name; others may lie anywhere.
+        own = [name for name in files if name.startswith(file)] or files
+        verified = [pool.submit(artifact.file, name) for name in own]
+        try:
+            if widened:
+                with tempfile.TemporaryDirectory(prefix="lmopt-widened-") as folder:
+                    session = create_session(widen(model, Path(folder)), settings)
+            else:
+                session = create_session(model, settings)
+        except EngineError:
+            for one in verified:
+                one.result()  # a damaged file explains more than what onnxruntime makes of it
+            raise
+        paths = [one.result() for one in verified]
+    # Most kernels have laid their weights out anew by now, and of a matrix that is looked up as well, as a
+    # tied embedding is, a text reads a few rows.
+    forget_files(paths)
+    return session
+
+
+def run_options() -> "ort.RunOptions":
+    """Make options of runs that can be stopped together."""
+    options = ort.RunOptions()
+    # Of graph capture on a GPU, and off; onnxruntime's Python asks for it in each run, and where it is not
+    # set an exception is raised and caught, which takes longer than all the rest around a run.
+    options.add_run_config_entry("gpu_graph_id", "-1")
+    return options
 
 
 def _specs(values: Sequence[Any]) -> list[TensorSpec]:

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lmopt.backends.onnxruntime.encoder import Encoder
 from lmopt.backends.onnxruntime.graph import Graph
 from lmopt.backends.onnxruntime.session import ort
 from lmopt.contracts import EngineReport, PaddingSide
-from lmopt.signature import LOGITS, ArrayState
+from lmopt.signature import LOGITS, SOURCE_MASK, ArrayState, check_sources, state_begins_with_source
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 
@@ -17,18 +18,26 @@ class GrowingCacheEngine:
     Args:
         graph: Graph of the dialect `"portable"`; closed by this engine.
         facts: Facts of the model.
+        encoder: What runs once for a source, closed by this engine; `None` for models without an encoder.
     """
 
-    def __init__(self, graph: Graph, facts: ModelFacts) -> None:
+    def __init__(self, graph: Graph, facts: ModelFacts, encoder: Encoder | None = None) -> None:
         self.facts = facts
         self._graph = graph
+        self._encoder = encoder
         self._signature = graph.signature
-        self._outputs = [LOGITS, *(one.present for one in graph.signature.state)]
+        self._outputs = [LOGITS, *(one.present for one in graph.signature.changing)]
 
     @property
     def ragged(self) -> bool:
-        """Whether rows may be unequal: whether the graph takes a mask."""
-        return self._signature.has_mask
+        """Whether rows may be unequal: whether the graph takes a mask, and one of their sources."""
+        return self._signature.has_mask and (self._encoder is None or self.ragged_sources)
+
+    @property
+    def ragged_sources(self) -> bool:
+        """Whether sources may be unequal: whether the graphs take a mask for them, or one length only."""
+        source = self.facts.source
+        return source is not None and (source.fixed or self._signature.has_source_mask)
 
     @property
     def rewinds(self) -> bool:
@@ -40,7 +49,37 @@ class GrowingCacheEngine:
     ) -> ArrayState:
         """Make the empty state of `batch` rows; the cache grows, so `capacity` has no use here."""
         self._graph.session()
+        if self._encoder is not None:
+            raise state_begins_with_source()
         return _with_ort_values(self._signature.begin(batch, padding_side))
+
+    def encode(
+        self,
+        inputs: AnyArray,
+        lengths: IntArray,
+        *,
+        capacity: int | None = None,
+        padding_side: PaddingSide = "right",
+    ) -> ArrayState:
+        """Read the sources of some rows; see `lmopt.contracts.SupportsEncoder.encode`."""
+        self._graph.session()
+        inputs, mask = check_sources(inputs, lengths, self.facts.source, ragged=self.ragged_sources)
+        assert self._encoder is not None
+        made = self._encoder.run(inputs, mask)
+        state = self._signature.begin(len(inputs), padding_side)
+        state.tensors = {
+            name: made[name] if name in made else _to_ort(array) for name, array in state.tensors.items()
+        }
+        return state
+
+    def encoded(self, state: ArrayState) -> Mapping[str, AnyArray]:
+        """Show what rows hold of their sources."""
+        self._graph.session()
+        return {
+            one.past.name: state.tensors[one.past.name].numpy().astype(np.float32)
+            for one in self._signature.state
+            if not one.present and one.past.name != SOURCE_MASK
+        }
 
     def forward(
         self, input_ids: IntArray, lengths: IntArray, state: ArrayState, *, last_only: bool = False
@@ -58,7 +97,9 @@ class GrowingCacheEngine:
                 logits, *present = self._run_on_device(session, feeds | state.tensors)
         except Exception as error:
             raise self._graph.failed(error, len(lengths), input_ids.shape[1]) from error
-        tensors = {one.past.name: value for one, value in zip(self._signature.state, present, strict=True)}
+        tensors = state.tensors | {
+            one.past.name: value for one, value in zip(self._signature.changing, present, strict=True)
+        }
         aligned = step.align(logits.numpy(), last_only=last_only)
         return aligned.astype(np.float32, copy=False), ArrayState(
             tensors, step.mask, step.lengths, step.padding_side
@@ -101,7 +142,7 @@ class GrowingCacheEngine:
         if slots == state.mask.shape[1]:
             return after
         arrays = _with_arrays(after)
-        for one in self._signature.state:
+        for one in self._signature.changing:
             assert one.past_axis is not None
             shorter = (slice(None),) * one.past_axis + (slice(slots),)
             arrays.tensors[one.past.name] = arrays.tensors[one.past.name][shorter]
@@ -114,11 +155,14 @@ class GrowingCacheEngine:
 
     def report(self) -> EngineReport:
         """Say which provider computes, with how many threads."""
-        return self._graph.report(state="growing cache" if self._signature.grows else "recurrent")
+        shown = {} if self._encoder is None else {"encoder": "runs once a source"}
+        return self._graph.report(state="growing cache" if self._signature.grows else "recurrent", **shown)
 
     def close(self) -> None:
         """Release the session."""
         self._graph.close()
+        if self._encoder is not None:
+            self._encoder.close()
 
     def tap_names(self) -> list[str]:
         """Names of the modules whose output the graph can show."""

@@ -9,7 +9,7 @@ BACKEND = BackendSpec(
         formats=("onnx",),
         devices=("cpu", "cuda"),
         dtypes=("float32", "float16"),
-        features=frozenset({"taps", "threads"}),
+        features=frozenset({"encoder", "taps", "threads"}),
     ),
     requires=(Requirement(module="onnxruntime", install="lmopt[onnxruntime]"),),
     description="ONNX Runtime: exported graphs on CPU and CUDA, without torch",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 NAME = "lmopt"
 
@@ -71,9 +71,26 @@ def position_mask(
     return seen.expand(batch_size, 1, q_length, kv_length)
 
 
-def additive_position_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
-    """Give `position_mask` as zeros and the lowest finite number, for attention that adds it."""
-    seen = position_mask(*args, **kwargs)
+def additive_position_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Give `position_mask` as zeros and the lowest finite number, for attention that adds it.
+
+    An encoder's tokens, and those that look at an encoder's, see each other whatever their positions: then it is
+    `(batch, 1, 1, kv_length)`, or `None` where nothing is padding.
+    """
+    if mask_function is bidirectional_mask_function:
+        if attention_mask is None:
+            return None
+        seen = attention_mask[:, None, None, :].to(torch.bool)
+    else:
+        seen = position_mask(batch_size, q_length, kv_length, mask_function, attention_mask, **kwargs)
     return torch.where(seen, torch.zeros((), dtype=dtype, device=seen.device), torch.finfo(dtype).min)
 
 
@@ -82,7 +99,7 @@ def grouped_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -95,7 +112,7 @@ def grouped_attention(
         query: `(batch, heads, new, head_dim)`.
         key: `(batch, kv_heads, slots, head_dim)`.
         value: `(batch, kv_heads, slots, value_dim)`.
-        attention_mask: `(batch, 1, new, slots)`, additive.
+        attention_mask: `(batch, 1, new, slots)`, additive; `None` where all is seen, as an encoder's tokens are.
         scaling: Factor of the scores, `head_dim ** -0.5` where `None`.
         softcap: Scores become `softcap * tanh(score / softcap)` (Gemma 2).
         s_aux: `(heads,)` logits of an attention sink (gpt-oss).
@@ -127,11 +144,13 @@ def grouped_attention(
         scores = query @ key.transpose(-1, -2) * scaling
     else:
         query = query.reshape(batch, kv_heads, heads // kv_heads, new, head_dim)
-        key, value, attention_mask = key[:, :, None], value[:, :, None], attention_mask[:, :, None]
+        key, value = key[:, :, None], value[:, :, None]
+        attention_mask = None if attention_mask is None else attention_mask[:, :, None]
         scores = query @ key.transpose(-1, -2) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores + attention_mask
+    if attention_mask is not None:
+        scores = scores + attention_mask
     if s_aux is None:
         weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     else:

@@ -7,11 +7,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from lmopt.backends.torch.encoder_decoder import run_after_source
 from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.errors import UnsupportedError
 from lmopt.tokenizer import Tokenizer
-from lmopt.types import ModelFacts
+from lmopt.types import ModelFacts, SourceFacts
 
 _CONTEXT_NAMES: Final = (
     "max_position_embeddings",
@@ -23,6 +24,7 @@ _CONTEXT_NAMES: Final = (
     "seq_length",
     "context_length",
     "model_max_length",
+    "max_target_positions",
 )
 # Who wrote the file and how the model returns things; not choices of how to generate.
 _NOT_GENERATION: Final = ("transformers_version", "_from_model_config", "use_cache")
@@ -51,15 +53,21 @@ def from_transformers(module: nn.Module, tokenizer: Tokenizer | None) -> Loaded:
     """Describe a transformers model that is in memory."""
     module.eval()
     config: Any = module.config
+    source = None
+    if getattr(config, "is_encoder_decoder", False):
+        from lmopt.backends.torch.huggingface_seq2seq import source_facts
+
+        source = source_facts(module)
     settings = getattr(module, "generation_config", None)
     generation = settings.to_diff_dict() if settings is not None else {}
     return Loaded(
         module=module,
         facts=ModelFacts(
-            vocab_size=find_vocab_size(module),
+            vocab_size=find_vocab_size(module, source),
             context_length=context_length(config.get_text_config(decoder=True)),
             parameters=count_parameters(module),
             architecture=type(module).__name__,
+            source=source,
         ),
         tokenizer=tokenizer,
         config=config.to_dict(),
@@ -92,8 +100,14 @@ def context_length(config: Any) -> int | None:
     Args:
         config: A transformers configuration, or any object or mapping with such fields.
     """
+
+    def found(name: str) -> Any:
+        return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+    if found("is_encoder_decoder") and found("relative_attention_num_buckets"):
+        return None  # positions that are told by their distance have no end
     for name in _CONTEXT_NAMES:
-        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        value = found(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
@@ -105,17 +119,21 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) + sum(quantized.values())
 
 
-def find_vocab_size(module: nn.Module) -> int:
+def find_vocab_size(module: nn.Module, source: SourceFacts | None = None) -> int:
     """Run a module on two short rows: measure its logits and see that it does not look ahead.
+
+    Args:
+        module: The module.
+        source: What its encoder reads; `None` for a module without one.
 
     Raises:
         UnsupportedError: It does not map ids to logits, is not causal, or answers with NaN.
     """
     device = device_of(module)
-    first = _logits(module, torch.zeros(1, 1, dtype=torch.int64, device=device))
+    first = _logits(module, torch.zeros(1, 1, dtype=torch.int64, device=device), source)
     vocab_size = first.shape[-1]
     if vocab_size > 1:
-        rows = _logits(module, torch.tensor([[0, 0], [0, 1]], device=device))[:, 0].float()
+        rows = _logits(module, torch.tensor([[0, 0], [0, 1]], device=device), source)[:, 0].float()
         if bool(rows.isnan().any()):
             raise UnsupportedError(_why_nan(module))
         slack = (2e-2 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4) * float(rows.abs().max())
@@ -131,9 +149,9 @@ def find_vocab_size(module: nn.Module) -> int:
     return vocab_size
 
 
-def _logits(module: nn.Module, ids: Tensor) -> Tensor:
+def _logits(module: nn.Module, ids: Tensor, source: SourceFacts | None) -> Tensor:
     with torch.no_grad():
-        result = module(ids)
+        result = module(ids) if source is None else run_after_source(module, source, ids)
     logits = getattr(result, "logits", result[0] if isinstance(result, tuple) else result)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -1,7 +1,7 @@
 """Run any decoder in eager PyTorch."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lmopt.accelerators import require_cuda
 from lmopt.backends.torch.casting import forget_casts
+from lmopt.backends.torch.encoder_decoder import EncoderDecoder
 from lmopt.backends.torch.export_program import read_program
 from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name, stated_casts
 from lmopt.backends.torch.spec import BACKEND
@@ -21,7 +22,16 @@ from lmopt.errors import (
     UnsupportedOptionError,
 )
 from lmopt.platform import usable_cpus
-from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, ArrayState, bytes_per_token
+from lmopt.signature import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    POSITION_IDS,
+    SOURCE_MASK,
+    ArrayState,
+    bytes_per_token,
+    check_sources,
+    state_begins_with_source,
+)
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 if TYPE_CHECKING:
@@ -68,6 +78,10 @@ def open_engine(request: EngineRequest) -> "TorchEngine | TensorParallelEngine":
     if device.type == "cuda":
         _check_cuda(request.device)
         device = torch.device("cuda", device.index or 0)
+    if request.facts.source is not None and (ranks != 1 or plan is not None or kv_cache_dtype != "auto"):
+        raise UnsupportedOptionError(
+            "tensor_parallel_size and kv_cache_dtype are for models without an encoder so far; leave them out"
+        )
     if ranks != 1 or plan is not None:
         if kv_cache_dtype != "auto":
             raise UnsupportedOptionError("tensor_parallel_size goes with kv_cache_dtype='auto' only")
@@ -111,7 +125,7 @@ def _decoder(request: EngineRequest, device: torch.device, *, trust: bool) -> De
             forget_casts(module)
             module.to(dtype=dtype)
         module = module.to(device=device)
-    return as_decoder(module.eval())
+    return as_decoder(module.eval(), request.facts.source)
 
 
 class TorchEngine:
@@ -132,30 +146,68 @@ class TorchEngine:
         self._device = device
         self._signature = decoder.signature
         self._names = [one.past.name for one in decoder.signature.state]
+        self._changing = [one.past.name for one in decoder.signature.changing]
         self._decoder: Decoder | None = decoder
 
     @property
     def ragged(self) -> bool:
-        """Whether rows may be unequal: whether the module honours a mask."""
-        return self._signature.has_mask
+        """Whether rows may be unequal: whether the module honours a mask, and one of their sources."""
+        return self._signature.has_mask and (self.facts.source is None or self.ragged_sources)
+
+    @property
+    def ragged_sources(self) -> bool:
+        """Whether sources may be unequal: whether the encoder honours a mask, or takes one length only."""
+        source = self.facts.source
+        return source is not None and (source.fixed or self._signature.has_source_mask)
 
     def begin(
         self, batch: int, *, capacity: int | None = None, padding_side: PaddingSide = "right"
     ) -> ArrayState:
         """Make the empty state of `batch` rows; the cache grows, so `capacity` has no use here."""
-        initial = self._open().zero_state(batch, self._device)
+        decoder = self._open()
+        if self.facts.source is not None:
+            raise state_begins_with_source()
+        initial = decoder.zero_state(batch, self._device)
         tensors = dict(zip(self._names, initial, strict=True))
         return ArrayState(tensors, np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64), padding_side)
+
+    def encode(
+        self,
+        inputs: AnyArray,
+        lengths: IntArray,
+        *,
+        capacity: int | None = None,
+        padding_side: PaddingSide = "right",
+    ) -> ArrayState:
+        """Read the sources of some rows; see `lmopt.contracts.SupportsEncoder.encode`."""
+        decoder = self._open()
+        inputs, mask = check_sources(inputs, lengths, self.facts.source, ragged=self.ragged_sources)
+        assert isinstance(decoder, EncoderDecoder)
+        self._settle()
+        given = torch.from_numpy(inputs).to(self._device)
+        if given.is_floating_point():
+            given = given.to(getattr(torch, dtype_name(decoder.module)))
+        with torch.inference_mode():
+            state = decoder.encode(given, torch.from_numpy(mask).to(self._device))
+        batch = len(inputs)
+        tensors = dict(zip(self._names, state, strict=True))
+        return ArrayState(tensors, np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64), padding_side)
+
+    def encoded(self, state: ArrayState) -> Mapping[str, AnyArray]:
+        """Show what rows hold of their sources."""
+        self._open()
+        return {
+            one.past.name: state.tensors[one.past.name].float().cpu().numpy()
+            for one in self._signature.state
+            if not one.present and one.past.name != SOURCE_MASK
+        }
 
     def forward(
         self, input_ids: IntArray, lengths: IntArray, state: ArrayState, *, last_only: bool = False
     ) -> tuple[FloatArray, ArrayState]:
         """Read new tokens; see `lmopt.contracts.Engine.forward`."""
         decoder = self._open()
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
-        if self._device.type == "cuda":
-            _set_precision(allow_tf32=self._allow_tf32)
+        self._settle()
         step = self._signature.step(input_ids, lengths, state)
         ids, mask, positions = (
             torch.from_numpy(step.feeds[name]).to(self._device) if name in step.feeds else None
@@ -165,7 +217,7 @@ class TorchEngine:
         with torch.inference_mode():
             logits, present = decoder(ids, mask, positions, [state.tensors[name] for name in self._names])
             aligned = step.align(logits.float().cpu().numpy(), last_only=last_only)
-        tensors = dict(zip(self._names, present, strict=True))
+        tensors = state.tensors | dict(zip(self._changing, present, strict=True))
         return aligned, ArrayState(tensors, step.mask, step.lengths, step.padding_side)
 
     def select(self, state: ArrayState, rows: IntArray) -> ArrayState:
@@ -188,6 +240,9 @@ class TorchEngine:
             parts = [state.tensors[one.past.name] for state in states]
             if one.past_axis is not None:
                 parts = [_pad_left(part, one.past_axis, pad) for part, pad in zip(parts, pads, strict=True)]
+            elif one.source_axis is not None:
+                longest = max(part.shape[one.source_axis] for part in parts)
+                parts = [_pad_right(part, one.source_axis, longest) for part in parts]
             tensors[one.past.name] = torch.cat(parts, dim=one.batch_axis)
         masks = [np.pad(one.mask, ((0, 0), (pad, 0))) for one, pad in zip(states, pads, strict=True)]
         lengths = np.concatenate([one.lengths for one in states])
@@ -202,8 +257,8 @@ class TorchEngine:
         """Let each row forget all but its first tokens."""
         self._open()
         kept, mask, slots = self._signature.forget(state, lengths)
-        tensors = {}
-        for one in self._signature.state:
+        tensors = dict(state.tensors)
+        for one in self._signature.changing:
             assert one.past_axis is not None
             tensors[one.past.name] = state.tensors[one.past.name].narrow(one.past_axis, 0, slots)
         return ArrayState(tensors, mask, kept, state.padding_side)
@@ -260,6 +315,13 @@ class TorchEngine:
                 hook.remove()
         return shown
 
+    def _settle(self) -> None:
+        """Set what torch keeps once for the whole process."""
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        if self._device.type == "cuda":
+            _set_precision(allow_tf32=self._allow_tf32)
+
     def _open(self) -> Decoder:
         if self._decoder is None:
             raise ClosedError("this engine is closed; open a new lmopt.Runtime")
@@ -285,6 +347,12 @@ def _pad_left(tensor: Tensor, axis: int, pad: int) -> Tensor:
     shape = list(tensor.shape)
     shape[axis] = pad
     return torch.cat([tensor.new_zeros(shape), tensor], dim=axis)
+
+
+def _pad_right(tensor: Tensor, axis: int, length: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[axis] = length - shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis) if shape[axis] else tensor
 
 
 def _check_cuda(device: str) -> None:

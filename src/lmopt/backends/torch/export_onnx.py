@@ -10,19 +10,27 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import onnx_ir as ir
-import torch
+from torch import nn
 
+from lmopt.backends.torch.encoder_decoder import EncoderDecoder
 from lmopt.backends.torch.genai_config import genai_config
-from lmopt.backends.torch.graph import find_taps, fold, name_boundary, share_reshaped, shown_taps, tidy
+from lmopt.backends.torch.graph import (
+    find_taps,
+    fold,
+    name_boundary,
+    share_reshaped,
+    shown_taps,
+    tidy,
+    translate,
+)
 from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name
 from lmopt.backends.torch.lowering import tracing_for
 from lmopt.backends.torch.portable_quantized import finish_portable
 from lmopt.backends.torch.products import PRODUCTS, quantize_products, ranges_of
 from lmopt.backends.torch.quantized import rounded_bits
-from lmopt.backends.torch.quieting import quiet
-from lmopt.backends.torch.tracing import export_program, plain_reason
+from lmopt.backends.torch.tracing import export_program
 from lmopt.contracts import ExportRequest
-from lmopt.errors import ExportError, UnsupportedError, UnsupportedOptionError
+from lmopt.errors import UnsupportedError, UnsupportedOptionError
 from lmopt.signature import Signature
 
 # Opset 23 brings Attention, which TensorRT does not build in float32; 21 brings 4-bit weights.
@@ -93,7 +101,18 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
         raise UnsupportedOptionError(f"opset is {opset!r}; expected a whole number of at least 18")
     if products != "auto" and opset < OPSET:
         raise UnsupportedOptionError(f"products={products!r} needs opset {OPSET} or more; opset is {opset}")
-    decoder = as_decoder(request.module)
+    decoder = as_decoder(request.module, request.facts.source)
+    if isinstance(decoder, EncoderDecoder):
+        from lmopt.backends.torch.export_encoder_decoder import export_both
+
+        if kv_cache_dtype != "auto" or accuracy_level is not None or products != "auto":
+            raise UnsupportedOptionError(
+                "kv_cache_dtype, accuracy_level and products are for models without an encoder so far; leave them out"
+            )
+        written = export_both(request, decoder, opset)
+        if request.target == FUSED:
+            written["fallback"] = "the dialect 'onnxruntime' holds no encoder-decoders yet"
+        return written
     if request.target == FUSED:
         from lmopt.backends.torch.fused.export import fused_graph
         from lmopt.backends.torch.fused.reason import InexpressibleError
@@ -123,33 +142,28 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
 def _portable(request: ExportRequest, decoder: Decoder, opset: int, products: str = "auto") -> dict[str, Any]:
     with tracing_for("portable"):
         program, arguments = export_program(decoder, may_fix=True)
-        with quiet():
-            try:
-                translated = torch.onnx.export(
-                    program, arguments, opset_version=opset, optimize=False, verbose=False
-                )
-            except Exception as error:
-                raise ExportError(
-                    f"torch cannot write {type(request.module).__name__} as ONNX: {plain_reason(error)}"
-                ) from error
-    assert translated is not None
-    model = translated.model
-    del program, translated
+        model = translate(program, arguments, opset, type(request.module).__name__)
+    del program
     taps = find_taps(model)
     finish_portable(model, opset)
     name_boundary(model, decoder.signature)
     fold(model)
     tidy(model)
-    if dtype_name(decoder) == "float16" and (found := RECURRENT & {node.op_type for node in model.graph}):
-        raise UnsupportedError(
-            f"{type(request.module).__name__} in float16 becomes a graph with {sorted(found)[0]}, on which "
-            "ONNX Runtime (1.31 and 1.32) crashes the process. Export it in float32."
-        )
+    refuse_recurrent_halves(request.module, model)
     asked: dict[str, Any] = {}
     if products != "auto":
         ranges = ranges_of(decoder, request.rows, request.facts.context_length)
         asked = {"products": products, "quantized_products": quantize_products(model, products, ranges)}
     return {**_write(request, model, decoder.signature, taps, opset, "portable"), **asked}
+
+
+def refuse_recurrent_halves(module: nn.Module, model: ir.Model) -> None:
+    """Refuse a graph that would crash ONNX Runtime."""
+    if dtype_name(module) == "float16" and (found := RECURRENT & {node.op_type for node in model.graph}):
+        raise UnsupportedError(
+            f"{type(module).__name__} in float16 becomes a graph with {sorted(found)[0]}, on which "
+            "ONNX Runtime (1.31 and 1.32) crashes the process. Export it in float32."
+        )
 
 
 def _write(

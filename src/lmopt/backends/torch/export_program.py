@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name
 from lmopt.backends.torch.tracing import export_program
 from lmopt.contracts import ArtifactView, ExportRequest
-from lmopt.errors import CorruptArtifactError, ExportError, UnsafeArtifactError, UnsupportedOptionError
+from lmopt.errors import (
+    CorruptArtifactError,
+    ExportError,
+    UnsafeArtifactError,
+    UnsupportedError,
+    UnsupportedOptionError,
+)
 from lmopt.signature import Signature, StateTensor
 from lmopt.types import TensorSpec
 
@@ -30,6 +36,11 @@ def export_pt2(request: ExportRequest) -> Mapping[str, Any]:
     """
     if request.options:
         raise UnsupportedOptionError(f"exporter 'torch.export' has no option {sorted(request.options)[0]!r}")
+    if request.facts.source is not None:
+        raise UnsupportedError(
+            "a torch.export program is one graph, and an encoder-decoder takes two; export it with "
+            "lmopt.Exporter('onnx')"
+        )
     decoder = as_decoder(request.module)
     program, _ = export_program(decoder, may_fix=False)
     try:

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lmopt.backends.torch.description import Loaded, from_transformers
 from lmopt.backends.torch.gguf_grids import keep_grids
-from lmopt.backends.torch.loading import check_dtype, quiet, require_causal, require_complete
+from lmopt.backends.torch.loading import check_dtype, quiet, require_complete, require_language_model
 from lmopt.backends.torch.tokenizer import as_tokenizer
 from lmopt.errors import CorruptArtifactError, LmoptError, NotInstalledError, UnsupportedError
 from lmopt.registry import pip_line
@@ -89,7 +89,11 @@ def load_gguf(
 def _load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     folder, name = str(path.parent.absolute()), path.name
     config = transformers.AutoConfig.from_pretrained(folder, gguf_file=name, local_files_only=True)
-    require_causal(config, str(path))
+    require_language_model(config, str(path))
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{path} holds an encoder-decoder; lmopt reads those from Hugging Face folders, not from .gguf files"
+        )
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if _has_own_path(path):
         module, report = kind.from_pretrained(

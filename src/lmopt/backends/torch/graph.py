@@ -1,18 +1,31 @@
 """What both dialects do with a graph that torch has traced: names, a tidy up, and taps."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from onnx.numpy_helper import to_array
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
+from lmopt.backends.torch.quieting import quiet
+from lmopt.backends.torch.tracing import plain_reason
 from lmopt.errors import ExportError
-from lmopt.signature import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, Signature
-from lmopt.types import BATCH, PAST, SEQUENCE, TOTAL, TensorSpec
+from lmopt.signature import (
+    ATTENTION_MASK,
+    INPUT_FEATURES,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    Signature,
+    source_name,
+)
+from lmopt.types import BATCH, PAST, SEQUENCE, SOURCE, TOTAL, SourceFacts, TensorSpec
 
 
 def name_boundary(model: ir.Model, signature: Signature, more_inputs: Sequence[TensorSpec] = ()) -> None:
@@ -39,11 +52,56 @@ def name_boundary(model: ir.Model, signature: Signature, more_inputs: Sequence[T
         TensorSpec(
             one.present, one.past.dtype, tuple(TOTAL if axis == PAST else axis for axis in one.past.shape)
         )
-        for one in signature.state
+        for one in signature.changing
     ]
     dtype = model.graph.outputs[0].dtype
     assert dtype is not None
     outputs = [TensorSpec(LOGITS, dtype.numpy().name, (BATCH, SEQUENCE, signature.vocab_size)), *after]
+    _name(model, inputs, outputs)
+
+
+def name_encoder(model: ir.Model, signature: Signature, source: SourceFacts) -> None:
+    """Give inputs and outputs of an encoder the field's names and true axes; see `name_boundary`."""
+    axis: int | str = source.length if source.fixed and source.length else SOURCE
+    if source.kind == "ids":
+        inputs = [TensorSpec(INPUT_IDS, "int64", (BATCH, axis))]
+    else:
+        dtype = model.graph.inputs[0].dtype
+        assert dtype is not None
+        inputs = [TensorSpec(INPUT_FEATURES, dtype.numpy().name, (BATCH, source.size, axis))]
+    if signature.has_source_mask:
+        inputs.append(TensorSpec(ATTENTION_MASK, "int64", (BATCH, axis)))
+    outputs = [replace(one.past, name=source_name(one.past.name)) for one in signature.from_source]
+    _name(model, inputs, outputs)
+
+
+def translate(
+    program: torch.export.ExportedProgram, arguments: tuple[Any, ...], opset: int, what: str
+) -> ir.Model:
+    """Translate a traced program into ONNX operators.
+
+    Args:
+        program: From `lmopt.backends.torch.tracing`.
+        arguments: What it was traced with.
+        opset: Version of the operators.
+        what: Class of the module, for the message.
+
+    Raises:
+        ExportError: torch knows no translation.
+    """
+    with quiet():
+        try:
+            translated = torch.onnx.export(
+                program, arguments, opset_version=opset, optimize=False, verbose=False
+            )
+        except Exception as error:
+            raise ExportError(f"torch cannot write {what} as ONNX: {plain_reason(error)}") from error
+    assert translated is not None
+    model: ir.Model = translated.model
+    return model
+
+
+def _name(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     graph = model.graph
     if len(graph.inputs) != len(inputs) or len(graph.outputs) != len(outputs):
         raise ExportError(
@@ -68,7 +126,7 @@ def fold(model: ir.Model) -> None:
     optimizer.fold_constants(model, input_size_limit=2**12, output_size_limit=2**31)
 
 
-def tidy(model: ir.Model) -> None:
+def tidy(model: ir.Model, name: str = "decoder") -> None:
     """Merge what is equal, drop what is unused."""
     for step in (
         passes.IdentityEliminationPass(),
@@ -86,7 +144,7 @@ def tidy(model: ir.Model) -> None:
             if id(value) not in boundary:
                 value.shape = None
     model.producer_name, model.producer_version = "lmopt", ""
-    model.graph.name = "decoder"
+    model.graph.name = name
 
 
 def share_reshaped(path: Path) -> None:

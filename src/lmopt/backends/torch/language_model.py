@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lmopt.errors import LmoptError, UnsupportedError
 from lmopt.signature import ATTENTION_MASK, POSITION_IDS, Signature, StateTensor
-from lmopt.types import BATCH, PAST, TensorSpec
+from lmopt.types import BATCH, PAST, SourceFacts, TensorSpec
 
 CASTS: Final = "lmopt_casts"
 """Field of `config.json`, or attribute of a module of one's own, that says which modules stayed in float32."""
@@ -96,12 +96,22 @@ class Decoder(nn.Module):
         """Read a text from its start in the module's own way; return logits and the named state."""
         raise NotImplementedError
 
-    def zero_state(self, batch: int, device: torch.device | str = "cpu", *, past: int = 0) -> list[Tensor]:
+    def zero_state(
+        self, batch: int, device: torch.device | str = "cpu", *, past: int = 0, source: int = 0
+    ) -> list[Tensor]:
         """Make a state of zeros; with `past=0`, that of `batch` rows that have read nothing."""
         return [
-            torch.zeros(one.sizes(batch, past), dtype=getattr(torch, one.past.dtype), device=device)
+            torch.zeros(one.sizes(batch, past, source), dtype=getattr(torch, one.past.dtype), device=device)
             for one in self.signature.state
         ]
+
+    def fresh(self, batch: int, device: torch.device | str = "cpu") -> list[Tensor]:
+        """Make a state of rows that have read nothing, to try the module with."""
+        return self.zero_state(batch, device)
+
+    def follow(self, state: Sequence[Tensor], present: Sequence[Tensor]) -> list[Tensor]:
+        """Give the whole state after a call: what the call gave back, and what no call changes."""
+        return list(present)
 
     def named(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> dict[str, Tensor | None]:
         """Give the arguments that the module takes by name."""
@@ -168,20 +178,25 @@ class RereadingDecoder(Decoder):
         return self.module(input_ids), [("past_state.input_ids", input_ids)]
 
 
-def as_decoder(module: nn.Module) -> Decoder:
+def as_decoder(module: nn.Module, source: SourceFacts | None = None) -> Decoder:
     """Wrap a language model so that engines and exporters can call it.
 
     Args:
-        module: A transformers causal language model, or a module that meets `LanguageModel`.
+        module: A transformers causal language model, or a module that meets `LanguageModel`; or an
+            encoder-decoder of transformers, or one that meets
+            `lmopt.backends.torch.encoder_decoder.EncoderDecoderModel`, which becomes an `EncoderDecoder`.
+        source: What the encoder of a module of one's own reads; `None` for modules without one.
 
     Raises:
         UnsupportedError: Its outputs or its state are not those of a decoder; the message says
             what was found.
     """
+    if found := _with_encoder(module, source):
+        return found
     decoder = _wrap(module)
     try:
         with torch.no_grad():
-            decoder.signature = _find_signature(decoder)
+            decoder.signature = find_signature(decoder)
     except LmoptError:
         raise
     except Exception as error:
@@ -220,6 +235,22 @@ def is_transformers(module: object) -> bool:
     return any(base.__module__ == "transformers.modeling_utils" for base in type(module).__mro__)
 
 
+def _with_encoder(module: nn.Module, source: SourceFacts | None) -> Decoder | None:
+    """Wrap an encoder-decoder; `None` for a module that is none."""
+    if is_transformers(module):
+        if not getattr(module.config, "is_encoder_decoder", False):
+            return None
+        from lmopt.backends.torch.encoder_decoder import as_encoder_decoder
+        from lmopt.backends.torch.huggingface_seq2seq import HuggingFaceEncoderDecoder, source_facts
+
+        return as_encoder_decoder(HuggingFaceEncoderDecoder(module, source or source_facts(module)))
+    if source is None:
+        return None
+    from lmopt.backends.torch.encoder_decoder import PlainEncoderDecoder, as_encoder_decoder
+
+    return as_encoder_decoder(PlainEncoderDecoder(module, source))
+
+
 def _wrap(module: nn.Module) -> Decoder:
     if is_transformers(module):
         from lmopt.backends.torch.huggingface import HuggingFaceDecoder
@@ -250,7 +281,7 @@ class _FirstOutput(nn.Module):
         return logits
 
 
-def _find_signature(decoder: Decoder) -> Signature:
+def find_signature(decoder: Decoder) -> Signature:
     """Run the module on a few tokens and see which axes follow the batch and the length."""
     device = device_of(decoder)
     shapes: list[list[tuple[int, ...]]] = []
@@ -303,7 +334,9 @@ def _honours_mask(decoder: Decoder, device: torch.device) -> bool:
     mask = torch.tensor([[1, 1, 1, 0, 0]], device=device)
     where = torch.tensor([[0, 1, 2, 2, 2]], device=device)
     padded = torch.cat([ids[:, :3], ids[:, :2]], dim=1)
-    _, state = decoder(padded, mask, where, decoder.zero_state(1, device))
+    before = decoder.fresh(1, device)
+    _, present = decoder(padded, mask, where, before)
+    state = decoder.follow(before, present)
     mask = torch.cat([mask, torch.ones_like(ids[:, :3])], dim=1)
     after, _ = decoder(ids[:, 3:], mask, where[:, :3] + 3, state)
     return torch.allclose(after[0].float(), text.float(), atol=1e-3, rtol=1e-3)

@@ -14,7 +14,11 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+)
 from transformers.utils import logging
 
 from lmopt.backends.torch.casting import apply_casts
@@ -38,7 +42,7 @@ DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_folder(folder: Path, *, dtype: str = "auto", trust: bool = False, progress: bool = False) -> Loaded:
-    """Load a causal language model in Hugging Face layout.
+    """Load a language model in Hugging Face layout: a causal one, or an encoder-decoder.
 
     Args:
         folder: Folder with `config.json` and weights.
@@ -50,8 +54,8 @@ def load_folder(folder: Path, *, dtype: str = "auto", trust: bool = False, progr
         UnsafeArtifactError: It needs a grant of trust, or a name or link leaves the folder.
         ArtifactNotFoundError: It has no config or no weights.
         CorruptArtifactError: A file is damaged, or weights are missing, left over or misshapen.
-        UnsupportedError: The model is not a causal language model, or is quantized in a way that lmopt does
-            not know.
+        UnsupportedError: The model is neither a causal language model nor an encoder-decoder, or is quantized in
+            a way that lmopt does not know.
     """
     check_dtype(dtype)
     raw = check_folder(folder, trust=trust)
@@ -71,9 +75,9 @@ def load_folder(folder: Path, *, dtype: str = "auto", trust: bool = False, progr
     with quiet(progress):
         config = read_config(folder, raw, trust)
         if not (trust and "auto_map" in raw):
-            require_causal(config, str(folder))
+            require_language_model(config, str(folder))
         try:
-            module, report = transformers.AutoModelForCausalLM.from_pretrained(
+            module, report = _auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -108,13 +112,13 @@ def _load_quantized(
         paths = check_shard_index(folder / INDEX, allow_symlinks_into=blobs)
     with quiet(progress):
         config = read_config(folder, raw, trust=False)
-        require_causal(config, str(folder))
+        require_language_model(config, str(folder))
         # What it says is for lmopt; transformers knows no such method, or would want the library.
         if "quantization_config" in raw:
             del config.quantization_config
         if CASTS in raw:
             delattr(config, CASTS)
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        kind = _mapping(config)[type(config)]
         stated = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
         if mixed := CASTS in raw and dtype == "auto":
             stated = torch.float32
@@ -151,29 +155,48 @@ def read_config(folder: Path, raw: Mapping[str, Any], trust: bool) -> Any:
         ) from error
 
 
-def require_causal(config: Any, name: str) -> None:
+def require_language_model(config: Any, name: str) -> None:
     """Refuse models that do not predict the next token.
 
     Raises:
         UnsupportedError: The message says what the model is and what lmopt runs.
     """
     supported = (
-        "lmopt runs causal (decoder-only) language models; other modules can be wrapped to meet "
+        "lmopt runs causal (decoder-only) language models and encoder-decoders; other modules can be wrapped to meet "
         "lmopt.backends.torch.language_model.LanguageModel and given to lmopt.Model.from_module."
     )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError(f"{name} is an encoder-decoder model ({config.model_type}). {supported}")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    mapping = _mapping(config)
+    if type(config) not in mapping:
+        form = "generating" if getattr(config, "is_encoder_decoder", False) else "causal"
         raise UnsupportedError(
-            f"{name} is a {config.model_type} model, which has no causal form. {supported}"
+            f"{name} is a {config.model_type} model, which has no {form} form. {supported}"
         )
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    causal = {one.__name__ for one in (found if isinstance(found, list | tuple) else (found,))}
-    stated = set(config.architectures or causal)
-    if not stated & causal and not any("CausalLM" in one or "LMHead" in one for one in stated):
+    found = mapping[type(config)]
+    fitting = {one.__name__ for one in (found if isinstance(found, list | tuple) else (found,))}
+    stated = set(config.architectures or fitting)
+    own = mapping is MODEL_FOR_CAUSAL_LM_MAPPING
+    if not stated & fitting and not any(own and ("CausalLM" in one or "LMHead" in one) for one in stated):
         raise UnsupportedError(
-            f"{name} holds a {', '.join(sorted(stated))}, not a {' or '.join(sorted(causal))}. {supported}"
+            f"{name} holds a {', '.join(sorted(stated))}, not a {' or '.join(sorted(fitting))}. {supported}"
         )
+
+
+def _mapping(config: Any) -> Any:
+    """Give transformers' table of the classes that generate, from kinds of configuration."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return MODEL_FOR_CAUSAL_LM_MAPPING
+    speech = type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    return MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING if speech else MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+
+def _auto_class(config: Any) -> Any:
+    """Give transformers' class that loads a model of this configuration for generating."""
+    mapping = _mapping(config)
+    if mapping is MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if mapping is MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING:
+        return transformers.AutoModelForSpeechSeq2Seq
+    return transformers.AutoModelForSeq2SeqLM
 
 
 def require_complete(report: Mapping[str, Any], name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lmopt.backends.torch.attention import own_attention
 from lmopt.backends.torch.cache_name import cache_name, cache_of
@@ -15,7 +16,7 @@ from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.pages import give_back
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.errors import EngineError
-from lmopt.types import FloatArray, IntArray
+from lmopt.types import AnyArray, FloatArray, IntArray, SourceFacts
 
 # transformers' argument for the positions whose logits are wanted.
 _KEEP: Final = "logits_to_keep"
@@ -33,24 +34,41 @@ class FullForward:
         module: A transformers model or a module that meets `LanguageModel`.
         lean: Whether to hold no weights longer than they are read: what is mapped from files is given back
             after each row, and dequantized weights are computed anew for each.
+        source: What the encoder of an encoder-decoder reads; `None` for models without one.
     """
 
-    def __init__(self, module: nn.Module, *, lean: bool = False) -> None:
+    def __init__(self, module: nn.Module, *, lean: bool = False, source: SourceFacts | None = None) -> None:
         # Any: nn.Module's attributes are tensors or modules to a type checker.
         self._module: Any = module
         self._device = device_of(module)
         self._lean = lean
+        self._source = source
         self._cache_name = cache_name(module) if is_transformers(module) else ""
 
-    def __call__(self, ids: IntArray) -> FloatArray:
-        """Read `(sequence,)` ids at once; return `(sequence, vocab_size)` float32 logits."""
+    def __call__(self, ids: IntArray, source: AnyArray | None = None) -> FloatArray:
+        """Read `(sequence,)` ids at once, after a source; return `(sequence, vocab_size)` float32 logits."""
         with ExitStack() as after, torch.inference_mode():
             if self._lean:
                 after.callback(self.give_back)
                 for part in quantized_parts(self._module).values():
                     after.callback(part.register_forward_hook(_forget).remove)
-            logits, _ = self._run(self._row(ids), None)
+            logits, _ = self._run(self._row(ids), None, source)
             return _numpy(logits[0])
+
+    def encoded(self, source: AnyArray) -> dict[str, AnyArray]:
+        """Read a source; give what the decoder holds of it, by the names of the exported graphs."""
+        start = self._row(np.zeros(1, np.int64))
+        with torch.inference_mode():
+            if self._cache_name:
+                _, (cache, _) = self._run(start, None, source)
+                layers = enumerate(cache.cross_attention_cache.layers)
+                return {
+                    f"past_key_values.{place}.encoder.{kind}": _numpy(leaf)
+                    for place, layer in layers
+                    for kind, leaf in (("key", layer.keys), ("value", layer.values))
+                }
+            leaves = pytree.tree_leaves(self._module.encode(self._inputs(source)))
+            return {f"source_state.{place}": _numpy(leaf) for place, leaf in enumerate(leaves)}
 
     def pieces(self, ids: IntArray, size: int) -> Iterator[FloatArray]:
         """Read `(sequence,)` ids at once, but give the logits some positions at a time.
@@ -87,7 +105,7 @@ class FullForward:
             for part in quantized_parts(self._module).values():
                 part.forget()
 
-    def rounding(self, ids: IntArray) -> FloatArray | None:
+    def rounding(self, ids: IntArray, source: AnyArray | None = None) -> FloatArray | None:
         """Measure what the order of operations alone does to the logits.
 
         The row is read a second time in pieces, by the module's own cache: the same function in
@@ -102,10 +120,10 @@ class FullForward:
         parts: list[Tensor] = []
         place = turn = 0
         with torch.inference_mode():
-            whole, _ = self._run(row, None)
+            whole, _ = self._run(row, None, source)
             while place < row.shape[1]:
                 piece = row[:, place : place + _PIECES[turn % len(_PIECES)]]
-                logits, state = self._run(piece, state)
+                logits, state = self._run(piece, state, source)
                 if state is None:
                     return None
                 parts.append(logits[0])
@@ -120,9 +138,37 @@ class FullForward:
     def _row(self, ids: IntArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(ids, np.int64))[None].to(self._device)
 
-    def _run(self, row: Tensor, state: Any) -> tuple[Tensor, Any]:
-        result: tuple[Tensor, Any] = self._guarded(row, lambda: self._call(row, state))
+    def _run(self, row: Tensor, state: Any, source: AnyArray | None = None) -> tuple[Tensor, Any]:
+        def call() -> tuple[Tensor, Any]:
+            if self._source is None:
+                return self._call(row, state)
+            return self._call_after(row, state, source)
+
+        result: tuple[Tensor, Any] = self._guarded(row, call)
         return result
+
+    def _inputs(self, source: AnyArray | None) -> Tensor:
+        inputs = torch.from_numpy(np.ascontiguousarray(source))[None].to(self._device)
+        return inputs.to(next(self._module.parameters()).dtype) if inputs.is_floating_point() else inputs
+
+    def _call_after(self, row: Tensor, state: Any, source: AnyArray | None) -> tuple[Tensor, Any]:
+        """Read ids after a source, or after those of which `state` came."""
+        if not self._cache_name:
+            result = self._module(row, self._module.encode(self._inputs(source)) if state is None else state)
+            return result[0], result[1]
+        with own_attention():
+            if state is None:
+                inputs = {self._module.main_input_name: self._inputs(source)}
+                result = self._module(**inputs, decoder_input_ids=row, use_cache=True)
+            else:
+                cache, hidden = state
+                result = self._module(
+                    encoder_outputs=(hidden,),
+                    decoder_input_ids=row,
+                    use_cache=True,
+                    **{self._cache_name: cache},
+                )
+        return result.logits, (cache_of(result), result.encoder_last_hidden_state)
 
     def _guarded(self, row: Tensor, call: Callable[[], Any]) -> Any:
         try:

@@ -16,7 +16,7 @@ BACKEND = BackendSpec(
         formats=("module", "torch.export"),
         devices=("cpu", "cuda"),
         dtypes=("float32", "bfloat16", "float16"),
-        features=frozenset({"taps", "threads", "trust"}),
+        features=frozenset({"encoder", "taps", "threads", "trust"}),
     ),
     requires=(_TORCH,),
     description="PyTorch eager: runs any model as it is, on CPU and CUDA",

@@ -64,7 +64,7 @@ class _Rank:
         )
         module = _load(Path(order["model"]), order, device)
         self._engine = TorchEngine(
-            as_decoder(module.eval()), ModelFacts(**order["facts"]), device, order["threads"]
+            as_decoder(module.eval()), ModelFacts.from_dict(order["facts"]), device, order["threads"]
         )
         report = self._engine.report()
         self._channel.send(

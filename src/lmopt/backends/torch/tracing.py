@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmopt.backends.torch.language_model import Decoder, device_of, is_transformers
+from lmopt.backends.torch.encoder_decoder import EncoderDecoder, sample_inputs
+from lmopt.backends.torch.language_model import Decoder, device_of, dtype_name, is_transformers
 from lmopt.errors import ExportError, UnsupportedError
 
 # Sizes of the sample: all above 1, which torch would take for fixed, and all different.
-_BATCH, _SEQUENCE, _PAST = 2, 3, 5
+_BATCH, _SEQUENCE, _PAST, _SOURCE = 2, 3, 5, 7
 
 
 def export_program(
@@ -35,15 +36,64 @@ def export_program(
         ExportError: The module branches on values; torch's reason is kept.
     """
     arguments, free = sample_arguments(decoder)
-    name = type(decoder.module).__name__
-    with warnings.catch_warnings(), torch.no_grad(), traceable(decoder.module):
+    return _trace(decoder, decoder.module, arguments, free, may_fix=may_fix)
+
+
+def export_encoder(
+    decoder: EncoderDecoder, *, may_fix: bool
+) -> tuple["torch.export.ExportedProgram", tuple[Any, ...]]:
+    """Trace an encoder, with what the decoder makes of its outputs once, with free batch and source.
+
+    Args:
+        decoder: From `as_decoder`.
+        may_fix: As for `export_program`.
+
+    Returns:
+        The program, which gives `signature.from_source` in order, and the sample arguments
+        `(inputs, source_mask)`.
+
+    Raises:
+        UnsupportedError, ExportError: As for `export_program`.
+    """
+    device, source = device_of(decoder), decoder.source
+    inputs = sample_inputs(source, _BATCH, (source.length if source.fixed else None) or _SOURCE, device)
+    if source.kind == "features":
+        inputs = inputs.to(getattr(torch, dtype_name(decoder.module)))
+    masked = decoder.takes_source_mask
+    mask = torch.ones(_BATCH, inputs.shape[-1], dtype=torch.int64, device=device) if masked else None
+    any_size = torch.export.Dim.DYNAMIC
+    rows = {0: any_size}
+    places = rows if source.fixed else {0: any_size, inputs.dim() - 1: any_size}
+    free = (places, {0: any_size, 1: any_size} if masked else None)
+    return _trace(_Encoder(decoder), decoder.module, (inputs, mask), free, may_fix=may_fix)
+
+
+class _Encoder(nn.Module):
+    """The part of an encoder-decoder that runs once."""
+
+    def __init__(self, decoder: EncoderDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, inputs: Tensor, source_mask: Tensor | None) -> list[Tensor]:
+        state = self.decoder.encode(inputs, source_mask)
+        signature = self.decoder.signature
+        wanted = {one.past.name for one in signature.from_source}
+        return [leaf for one, leaf in zip(signature.state, state, strict=True) if one.past.name in wanted]
+
+
+def _trace(
+    traced: nn.Module, module: nn.Module, arguments: tuple[Any, ...], free: tuple[Any, ...], *, may_fix: bool
+) -> tuple["torch.export.ExportedProgram", tuple[Any, ...]]:
+    name = type(module).__name__
+    with warnings.catch_warnings(), torch.no_grad(), traceable(module):
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(decoder, arguments, dynamic_shapes=free, strict=False), arguments
+            return torch.export.export(traced, arguments, dynamic_shapes=free, strict=False), arguments
         except Exception as error:
             fixed = error
         try:
-            program = torch.export.export(decoder, arguments, dynamic_shapes=_hinted(free), strict=False)
+            program = torch.export.export(traced, arguments, dynamic_shapes=_hinted(free), strict=False)
         except Exception as error:
             raise ExportError(
                 f"torch cannot trace {name} for any batch and length: {plain_reason(error)}\n"
@@ -69,7 +119,7 @@ def sample_arguments(decoder: Decoder) -> tuple[tuple[Any, ...], tuple[Any, ...]
     device = device_of(decoder)
     any_size = torch.export.Dim.DYNAMIC
     past = _PAST if signature.grows else 0
-    state = decoder.zero_state(_BATCH, device, past=past)
+    state = decoder.zero_state(_BATCH, device, past=past, source=_SOURCE)
     ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64, device=device)
     mask = (
         torch.ones(_BATCH, _SEQUENCE + past, dtype=torch.int64, device=device) if signature.has_mask else None

@@ -8,6 +8,7 @@ from lmopt.testing.checks.inputs import INPUT_CHECKS
 from lmopt.testing.checks.life import LIFE_CHECKS
 from lmopt.testing.checks.numbers import NUMBER_CHECKS
 from lmopt.testing.checks.plugin import SPEC_CHECKS as SPEC_CHECKS
+from lmopt.testing.checks.sources import SOURCE_CHECKS
 from lmopt.testing.checks.states import STATE_CHECKS
 
 ENGINE_CHECKS: Final[tuple[Callable[[Case], None], ...]] = (
@@ -16,6 +17,9 @@ ENGINE_CHECKS: Final[tuple[Callable[[Case], None], ...]] = (
     *INPUT_CHECKS,
     *LIFE_CHECKS,
 )
+
+# What an engine does with tokens and states does not depend on whether a source came before them.
+ENCODER_CHECKS: Final[tuple[Callable[[Case], None], ...]] = (*SOURCE_CHECKS, *NUMBER_CHECKS, *STATE_CHECKS)
 
 
 def check_name(check: Callable[..., None]) -> str:

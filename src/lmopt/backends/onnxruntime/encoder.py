@@ -1,0 +1,91 @@
+"""The encoder of an exported encoder-decoder: a graph that runs once for a source."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+
+from lmopt.backends.onnxruntime.graph import open_session, run_options
+from lmopt.backends.onnxruntime.session import SessionSettings, ort
+from lmopt.contracts import ArtifactView
+from lmopt.errors import ClosedError, CorruptArtifactError, EngineError
+from lmopt.signature import ATTENTION_MASK, SOURCE_MASK, Signature, source_name
+from lmopt.types import AnyArray, IntArray
+
+_HALF: Final = "tensor(float16)"
+
+
+class Encoder:
+    """An encoder's graph in a session of its own.
+
+    Args:
+        artifact: Artefact with the format `onnx`.
+        settings: How the session runs.
+        signature: Of the decoder's graph: what it takes of a source, this one must give.
+        widened: Whether a bfloat16 graph is computed in float32.
+
+    Raises:
+        CorruptArtifactError: A file is damaged, or the graph does not give what the decoder's takes.
+        EngineError: ONNX Runtime refuses the graph.
+    """
+
+    def __init__(
+        self,
+        artifact: ArtifactView,
+        settings: SessionSettings,
+        signature: Signature,
+        *,
+        widened: bool = False,
+    ) -> None:
+        file = artifact.manifest["formats"]["onnx"]["encoder"]
+        self._session: ort.InferenceSession | None = open_session(artifact, file, settings, widened=widened)
+        self._options = run_options()
+        self._outputs = {one.past.name: source_name(one.past.name) for one in signature.from_source}
+        given = {one.name for one in self._session.get_outputs()}
+        inputs = self._session.get_inputs()
+        self._input, self._half = inputs[0].name, inputs[0].type == _HALF
+        self._masked = any(one.name == ATTENTION_MASK for one in inputs)
+        if missing := set(self._outputs.values()) - given:
+            raise CorruptArtifactError(
+                f"{file} does not give {sorted(missing)[0]!r}, which the decoder's graph takes; they are not of "
+                "one model. Export it again."
+            )
+        self._keeps_mask = signature.has_source_mask
+
+    def run(self, inputs: AnyArray, mask: IntArray) -> Mapping[str, "ort.OrtValue"]:
+        """Read sources; give what the decoder's graph takes of them, by its names.
+
+        Args:
+            inputs: As for `lmopt.contracts.SupportsEncoder.encode`, checked.
+            mask: `(batch, source)` int64.
+
+        Raises:
+            EngineError: The run failed.
+            ClosedError: The engine was closed.
+        """
+        session = self._session
+        if session is None:
+            raise ClosedError("this engine is closed; open a new lmopt.Runtime")
+        feeds = {self._input: inputs.astype(np.float16) if self._half else inputs}
+        if self._masked:
+            feeds[ATTENTION_MASK] = mask
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(one)) for name, one in feeds.items()
+        }
+        try:
+            results = session.run_with_ort_values(list(self._outputs.values()), values, self._options)
+        except Exception as error:
+            if self._session is None:
+                raise ClosedError(
+                    "this engine was closed while it computed; open a new lmopt.Runtime"
+                ) from error
+            raise EngineError(f"onnxruntime failed on {len(inputs)} sources: {error}") from error
+        found = dict(zip(self._outputs, results, strict=True))
+        if self._keeps_mask:
+            found[SOURCE_MASK] = ort.OrtValue.ortvalue_from_numpy(mask)
+        return found
+
+    def close(self) -> None:
+        """Let go of the session, and stop runs that are inside it."""
+        self._options.terminate = True
+        self._session = None

@@ -1,0 +1,47 @@
+"""`lmopt transcribe`: what is said in sound files."""
+
+import time
+from typing import Annotated
+
+import typer
+
+from lmopt.cli.opening import open_runtime
+from lmopt.cli.options import Backend, Device, Dtype, Source, Threads, Trust, assignments
+from lmopt.cli.output import Output
+from lmopt.cli.translate import show
+
+
+def transcribe(
+    out: Output,
+    source: Source,
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="Sound files, 16,000 samples a second.", show_default=False),
+    ],
+    backend: Backend = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    language: Annotated[
+        str | None, typer.Option(help="Code of the language that is spoken; heard from the sound by default.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="transcribe, or translate into English; the former by default.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams of beam search; 1 is off.")] = 1,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other field of GenerationConfig; repeatable."),
+    ] = None,
+    trust: Trust = False,
+) -> None:
+    """Write down what is said in sound files; one line each to stdout."""
+    options = assignments(set_) | ({"num_beams": num_beams} if num_beams > 1 else {})
+    with open_runtime(
+        out, source, backend=backend, device=device, dtype=dtype, threads=threads, trust=trust
+    ) as runtime:
+        began = time.perf_counter()
+        found = runtime.transcribe(files, language=language, task=task, **options)
+        seconds = time.perf_counter() - began
+        engine = runtime.report().actual
+    show(out, {"files": files, "texts": found, "seconds": seconds, "engine": engine})

@@ -1,0 +1,5 @@
+"""Sound into what a speech model reads, without torch: files, log-mel features, and the tokens that ask for a task."""
+
+from lmopt.speech.audio import read_audio as read_audio
+from lmopt.speech.features import LogMel as LogMel
+from lmopt.speech.task import SpeechTask as SpeechTask

@@ -1,0 +1,161 @@
+"""Two graphs of an encoder-decoder: what is in them, that they say the same, and that the gate would notice."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import lmopt
+from lmopt.backends.onnxruntime.encoder import Encoder
+from lmopt.errors import CorruptArtifactError, ParityError, UnsupportedError, UnsupportedOptionError
+from lmopt.gate import verify
+from lmopt.registry import exporters
+from lmopt.testing.seq2seq import SEQ2SEQ_SOURCE, tiny_bart, tiny_seq2seq
+
+SOURCES = [[5, 6, 7, 8, 9, 10, 11], [40, 41, 42], [77, 3, 50, 51, 52]]
+
+
+@pytest.fixture(scope="module")
+def bart() -> lmopt.Model:
+    return lmopt.Model.from_module(tiny_bart())
+
+
+@pytest.fixture(scope="module")
+def folder(bart: lmopt.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("bart") / "out"
+    lmopt.Exporter("onnx", target="onnxruntime").export(bart, target)
+    return target
+
+
+def test_the_source_is_read_in_one_graph_only(folder: Path) -> None:
+    encoder, decoder = (onnx.load(str(folder / f"{part}_model.onnx")) for part in ("encoder", "decoder"))
+    kinds = [f"{layer}.encoder.{kind}" for layer in range(2) for kind in ("key", "value")]
+    assert [one.name for one in encoder.graph.input] == ["input_ids", "attention_mask"]
+    assert [one.name for one in encoder.graph.output] == [f"present.{kind}" for kind in kinds]
+    names = {one.name for one in decoder.graph.input}
+    assert {"input_ids", "encoder_attention_mask", *(f"past_key_values.{kind}" for kind in kinds)} <= names
+    assert {one.name for one in decoder.graph.output} == {
+        "logits",
+        *(f"present.{layer}.decoder.{kind}" for layer in range(2) for kind in ("key", "value")),
+    }
+    # No weight that makes keys and values of the encoder's outputs is left in what runs for each token, and of
+    # the decoder nothing but these is in what runs once.
+    weights = {one.name for one in decoder.graph.initializer}
+    assert not [name for name in weights if "encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name]
+    assert [name for name in weights if "encoder_attn.q_proj" in name]
+    once = {one.name for one in encoder.graph.initializer}
+    assert not [
+        name
+        for name in once
+        if "decoder.layers.0.fc1" in name or ("self_attn.k_proj" in name and "decoder" in name)
+    ]
+    assert {node.domain for graph in (encoder, decoder) for node in graph.graph.node} == {""}
+
+
+def test_the_manifest_tells_the_cases_and_the_fallback(folder: Path) -> None:
+    manifest = lmopt.Artifact.open(folder).manifest
+    cases = manifest["parity"]["onnx"]["cases"]
+    assert {
+        "encoder",
+        "sources",
+        "prefill",
+        "decode",
+        "several",
+        "batch-left",
+        "select/join",
+        "greedy",
+    } <= set(cases)
+    assert manifest["formats"]["onnx"]["target"] == "portable"
+    assert "encoder-decoders" in manifest["formats"]["onnx"]["fallback"]
+    assert lmopt.Artifact.open(folder).facts.source.kind == "ids"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3, "length_penalty": 1.5},
+        {"do_sample": True, "seed": 4},
+        {"decoder_input_ids": [7, 9]},
+    ],
+    ids=["greedy", "beams", "sampling", "prompt"],
+)
+def test_same_tokens_as_eager(bart: lmopt.Model, folder: Path, options: dict[str, Any]) -> None:
+    found = []
+    for source, backend in ((bart, "torch"), (folder, "onnxruntime")):
+        with lmopt.Runtime(source, backend=backend) as rt:
+            assert rt.report().facts.source == bart.facts.source
+            found.append([one.token_ids for one in rt.generate(SOURCES, max_new_tokens=10, **options)])
+    assert found[0] == found[1]
+
+
+def test_deployment_needs_no_torch(folder: Path) -> None:
+    code = (
+        "import sys, lmopt\n"
+        f"with lmopt.Runtime({str(folder)!r}) as rt:\n"
+        "    print(rt.backend, len(rt.generate([5, 6, 7], max_new_tokens=4).token_ids))\n"
+        "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["onnxruntime", "4"], done.stderr
+
+
+def test_the_gate_notices_a_wrong_source(
+    bart: lmopt.Model, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Encoder.run
+
+    def wrong(self: Encoder, inputs: Any, mask: Any) -> Any:
+        # As if the encoder saw the padding behind shorter sources.
+        return right(self, inputs, np.ones_like(mask))
+
+    def examine() -> Any:
+        artifact = lmopt.Artifact.open(folder)
+        spec = exporters.spec("onnx")
+        return verify(
+            bart, spec, folder, artifact.manifest, tolerance=None, progress=lambda done, total: None
+        )
+
+    assert examine().ok
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "run", wrong)
+        with pytest.raises(ParityError) as caught:
+            examine()
+    failed = {case.case for case in caught.value.report.cases if not case.ok}
+    assert {"encoder", "sources"} <= failed
+    assert "prefill" not in failed
+
+
+def test_what_is_not_there_yet_is_refused(bart: lmopt.Model, tmp_path: Path) -> None:
+    for options in ({"accuracy_level": 4}, {"kv_cache_dtype": "int8"}):
+        with pytest.raises(UnsupportedOptionError, match="models without an encoder so far"):
+            lmopt.Exporter("onnx", target="onnxruntime", **options).export(bart, tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="one graph, and an encoder-decoder takes two"):
+        lmopt.Exporter("torch.export").export(bart, tmp_path / "out")
+    with pytest.raises(UnsupportedOptionError, match="models without an encoder so far"):
+        lmopt.Runtime(bart, kv_cache_dtype="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_of_ones_own(tmp_path: Path) -> None:
+    model = lmopt.Model.from_module(tiny_seq2seq(), source=SEQ2SEQ_SOURCE)
+    lmopt.Exporter("onnx").export(model, tmp_path / "out")
+    with lmopt.Runtime(model) as eager, lmopt.Runtime(tmp_path / "out") as exported:
+        for options in ({}, {"num_beams": 3}):
+            said = [
+                [
+                    one.token_ids
+                    for one in rt.generate([[5, 6, 7], [9], [8, 4, 3]], max_new_tokens=8, **options)
+                ]
+                for rt in (eager, exported)
+            ]
+            assert said[0] == said[1]
+    (tmp_path / "out" / "encoder_model.onnx").write_bytes(
+        (tmp_path / "out" / "decoder_model.onnx").read_bytes()
+    )
+    with pytest.raises(CorruptArtifactError, match="encoder_model"):
+        lmopt.Runtime(tmp_path / "out")

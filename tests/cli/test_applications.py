@@ -1,0 +1,56 @@
+"""`lmopt translate` and `lmopt transcribe` on tiny models."""
+
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+import lmopt
+from lmopt.testing.seq2seq import VOCAB_SIZE, tiny_t5, tiny_whisper
+
+
+def saved(module: Any, folder: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    module.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
+def test_translate(tmp_path: Path, call: Any) -> None:
+    folder = saved(tiny_t5(), tmp_path / "t5")
+    texts = ["w5 w6 w7", "w8"]
+    with lmopt.Runtime(folder) as rt:
+        expected = rt.translate(texts, max_new_tokens=6)
+        beams = rt.translate(texts[1], max_new_tokens=6, num_beams=3)
+    done = call("translate", folder, *texts, "--set", "max_new_tokens=6")
+    assert done.status == 0, done.stderr
+    assert done.stdout.splitlines() == expected
+    done = call("translate", folder, texts[1], "--set", "max_new_tokens=6", "--num-beams", "3", "--json")
+    assert done.data["texts"] == [beams]
+
+
+def test_transcribe(tmp_path: Path, call: Any) -> None:
+    folder = saved(tiny_whisper(), tmp_path / "whisper")
+    sound = tmp_path / "a.wav"
+    with wave.open(str(sound), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes((np.sin(np.arange(6000) / 9) * 20000).astype("<i2").tobytes())
+    with lmopt.Runtime(folder) as rt:
+        expected = rt.transcribe([sound, str(sound)])
+    done = call("transcribe", folder, sound, sound)
+    assert done.status == 0, done.stderr
+    assert done.stdout.splitlines() == expected
+    assert expected[0]
+    done = call("transcribe", folder, tmp_path / "none.wav")
+    assert done.status == 2
+    assert "there is no sound file at" in done.stderr
+    done = call("translate", folder, "w5")
+    assert done.status == 2
+    assert "no encoder that reads text" in done.stderr

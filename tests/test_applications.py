@@ -1,0 +1,121 @@
+"""Translation and speech recognition as users call them."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lmopt
+from lmopt.errors import UnsupportedError, UnsupportedOptionError
+from lmopt.speech import LogMel, read_audio
+from lmopt.testing.models import tiny_gpt
+from lmopt.testing.seq2seq import tiny_t5, tiny_whisper
+
+SPECIAL = {3: "<|start|>", 90: "<|en|>", 91: "<|de|>", 92: "<|transcribe|>", 93: "<|translate|>"}
+WORDS = lmopt.Tokenizer(
+    json.dumps(
+        {
+            "version": "1.0",
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "added_tokens": [],
+            "model": {
+                "type": "WordLevel",
+                "vocab": {SPECIAL.get(n, f"w{n}"): n for n in range(99)},
+                "unk_token": "w0",
+            },
+        }
+    )
+)
+SEVERAL = {
+    "is_multilingual": True,
+    "lang_to_id": {"<|en|>": 90, "<|de|>": 91},
+    "no_timestamps_token_id": 95,
+    "eos_token_id": 2,
+    "max_length": 12,
+}
+
+
+def test_translate_gives_texts(caplog: pytest.LogCaptureFixture) -> None:
+    with lmopt.Runtime(lmopt.Model.from_module(tiny_t5(), tokenizer=WORDS)) as rt:
+        texts = ["w5 w6 w7 w8", "w40 w41"]
+        with caplog.at_level(logging.WARNING):
+            found = rt.translate(texts)
+        # Twice the longest source and 20 more; a seeded model does not know when to stop.
+        expected = rt.generate(texts, max_new_tokens=28)
+        assert found == [one.text.strip() for one in expected]
+        assert "2 of 2 texts reached the limit before their end" in caplog.text
+        assert rt.translate(texts[1], max_new_tokens=28) == found[1]
+        assert rt.translate([]) == []
+        assert rt.translate(texts[1], decoder_input_ids=[9], max_new_tokens=4) != found[1]
+        with pytest.raises(UnsupportedError, match="no encoder that reads log-mel features"):
+            rt.transcribe(np.zeros(100, np.float32))
+
+
+def test_transcribe_hears_the_language_and_asks_for_the_task() -> None:
+    model = lmopt.Model.from_module(tiny_whisper(), tokenizer=WORDS, generation_config=SEVERAL)
+    sound = np.random.default_rng(0).normal(size=(2, 6000)).astype(np.float32)
+    features = [LogMel(8, 40)(one) for one in sound]
+    with torch.no_grad():
+        logits = model.module(
+            torch.tensor(np.stack(features)), decoder_input_ids=torch.full((2, 1), 3)
+        ).logits
+    heard = [90 + int(one[-1, 90:92].argmax()) for one in logits]
+    with lmopt.Runtime(model) as rt:
+        for options, prompts in (
+            ({}, [[3, one, 92, 95] for one in heard]),
+            ({"language": "de", "task": "translate"}, [[3, 91, 93, 95]] * 2),
+        ):
+            expected = [one.text.strip() for one in rt.generate(features, decoder_input_ids=prompts)]
+            assert rt.transcribe(list(sound), **options) == expected
+            assert rt.transcribe(sound[0], **options) == expected[0]
+        with pytest.raises(UnsupportedOptionError, match="language 'fr' is unknown"):
+            rt.transcribe(sound[0], language="fr")
+        with pytest.raises(UnsupportedError, match="no encoder that reads text"):
+            rt.translate("w5")
+
+
+def test_decoders_do_neither() -> None:
+    with lmopt.Runtime(lmopt.Model.from_module(tiny_gpt(), tokenizer=WORDS)) as rt:
+        with pytest.raises(UnsupportedError, match="no encoder that reads text"):
+            rt.translate("w5")
+        with pytest.raises(UnsupportedOptionError, match="decoder_input_ids are for encoder-decoder"):
+            rt.generate([5], decoder_input_ids=[3])
+
+
+@pytest.mark.real_model
+def test_whisper_says_what_transformers_says(whisper_tiny: Path, librivox: Path) -> None:
+    names = (librivox / "fileids").read_text(encoding="utf-8").split()
+    clips = [read_audio(librivox / f"{name}.wav", LogMel.sampling_rate) for name in names]
+    model = lmopt.Model.from_pretrained(whisper_tiny)
+    with lmopt.Runtime(model) as rt:
+        found = rt.transcribe(clips)
+    expected = []
+    for clip in clips:
+        features = torch.tensor(LogMel(80, 3000)(clip))[None]
+        with torch.no_grad():
+            ids = model.module.generate(features)[0]
+        expected.append(model.tokenizer.decode(ids.tolist()).strip())
+    assert found == expected
+    said = re.sub(
+        r"\(.*|</?s>", "", (librivox / "transcription").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    # 3 of 71 words are wrong; one of them is a slip in what is said to be said.
+    assert errors(words(said), words(" ".join(found))) == (3, 71)
+
+
+def words(text: str) -> list[str]:
+    return re.sub(r"[^a-z ]", " ", text.lower().replace("mr.", "mister").replace("\n", " ")).split()
+
+
+def errors(said: list[str], heard: list[str]) -> tuple[int, int]:
+    """Count the least words to change, add or drop, and the words that were said."""
+    row = list(range(len(heard) + 1))
+    for place, word in enumerate(said, 1):
+        above, row[0] = row.copy(), place
+        for other, guess in enumerate(heard, 1):
+            row[other] = min(above[other] + 1, row[other - 1] + 1, above[other - 1] + (word != guess))
+    return row[-1], len(said)
