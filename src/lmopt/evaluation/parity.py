@@ -225,12 +225,13 @@ class Examination:
         for number, shown in encoded(candidate, self._rows):
             expected = self._encoded[number]
             for name, array in shown.items():
-                own = expected[name][0].astype(np.float32)
+                own: FloatArray = expected[name][0].astype(np.float32)
                 # Behind a row's own source lies padding.
                 array = array[tuple(slice(size) for size in own.shape)]
                 # Unlike logits these have any size (Whisper's keys reach far beyond 100), and rounding goes with it.
                 scale = np.float32(max(1.0, float(np.abs(own).max())))
-                meter.update(own / scale, array / scale)
+                there: FloatArray = (array / scale).astype(np.float32)
+                meter.update(own / scale, there)
         self._encoded = {}
 
     def _tell(self, done: int) -> None:

@@ -169,6 +169,7 @@ def open_session(
         artifact: Artefact with the format `onnx`; all files of it that belong to the graph are verified.
         file: The graph.
         settings: How the session runs.
+        widened: Whether a bfloat16 graph is computed in float32.
     """
     model = artifact.file(file)
     with ThreadPoolExecutor(1, "lmopt-verify") as pool:
