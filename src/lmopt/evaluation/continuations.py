@@ -9,7 +9,7 @@ import numpy as np
 from lmopt.contracts import Engine, State
 from lmopt.errors import ContextLengthError, EmptyPromptError
 from lmopt.generation.prompts import check_ids
-from lmopt.generation.scoring import token_logprobs
+from lmopt.generation.scoring import read_in_parts, token_logprobs
 from lmopt.types import FloatArray, IntArray
 
 _LOGIT_BYTES: Final = 128 * 2**20
@@ -186,18 +186,8 @@ def _read_on(
     state = engine.select(state, np.array([place for place, _ in longer]))
     active = [number for _, number in longer]
     width = max(1, logit_bytes // (4 * engine.facts.vocab_size * len(active)))
-    for start in range(0, max(rows[number].size for number in active) - 1, width):
-        kept = [place for place, number in enumerate(active) if rows[number].size - 1 > start]
-        if len(kept) < len(active):
-            state = engine.select(state, np.array(kept))
-            active = [active[place] for place in kept]
-        lengths = np.array([min(width, rows[number].size - 1 - start) for number in active])
-        input_ids = np.zeros((len(active), lengths.max()), np.int64)
-        for line, number, length in zip(input_ids, active, lengths, strict=True):
-            line[:length] = rows[number][start : start + length]
-        logits, state = engine.forward(input_ids, lengths, state)
-        for line, number, length in zip(logits, active, lengths, strict=True):
-            yield number, *_judge(line[:length], rows[number][start + 1 : start + 1 + length])
+    for number, start, logits in read_in_parts(engine, state, rows, active, width):
+        yield number, *_judge(logits, rows[number][start + 1 : start + 1 + len(logits)])
 
 
 def _judge(logits: FloatArray, targets: IntArray) -> tuple[FloatArray, bool]:

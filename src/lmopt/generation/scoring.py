@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmopt.contracts import Engine
+from lmopt.contracts import Engine, State
 from lmopt.errors import ContextLengthError, EmptyPromptError, InputError
 from lmopt.generation.cohorts import for_unequal_rows
 from lmopt.generation.prompts import check_ids
@@ -136,8 +136,29 @@ def _score_batch(
     """
     # The last token is only predicted, never read.
     state = begin(engine, sources, capacity=rows[-1].size - 1)
-    active = list(range(len(rows)))
-    for start in range(0, rows[-1].size - 1, width):
+    for number, start, logits in read_in_parts(engine, state, rows, list(range(len(rows))), width):
+        targets = rows[number][start + 1 : start + 1 + len(logits)]
+        scores[number][start : start + len(logits)] = token_logprobs(logits, targets)
+        yield number, logits
+
+
+def read_in_parts(
+    engine: Engine, state: State, rows: Sequence[IntArray], active: list[int], width: int
+) -> Iterator[tuple[int, int, FloatArray]]:
+    """Read rows together, all but the last token of each, some tokens of each at a time.
+
+    Args:
+        engine: Engine that takes rows of unequal length, or all are equal.
+        state: Of the rows in `active`; consumed.
+        rows: Token ids.
+        active: Numbers of the rows to read, in the order that they have in the state.
+        width: Most tokens of a row in one call.
+
+    Yields:
+        Number of a row, place of the first token that was read, and the `(n, vocab_size)` logits after it and
+        those that follow.
+    """
+    for start in range(0, max(rows[number].size for number in active) - 1, width):
         kept = [place for place, number in enumerate(active) if rows[number].size - 1 > start]
         if len(kept) < len(active):
             state = engine.select(state, np.array(kept))
@@ -148,9 +169,7 @@ def _score_batch(
             line[:length] = rows[number][start : start + length]
         logits, state = engine.forward(input_ids, lengths, state)
         for line, number, length in zip(logits, active, lengths, strict=True):
-            targets = rows[number][start + 1 : start + 1 + length]
-            scores[number][start : start + length] = token_logprobs(line[:length], targets)
-            yield number, line[:length]
+            yield number, start, line[:length]
 
 
 def token_logprobs(logits: FloatArray, targets: IntArray) -> FloatArray:
