@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmopt.checking import check_step
 from lmopt.errors import CorruptArtifactError, ShapeError, TokenIdError, UnsupportedError
-from lmopt.signature import ArrayState, Signature, check_step, present_name
+from lmopt.signature import ArrayState, Signature, present_name
 from lmopt.types import BATCH, PAST, SEQUENCE, TOTAL, AnyArray, FloatArray, IntArray, TensorSpec
 
 VOCAB = 13

@@ -125,7 +125,7 @@ class Applications:
 
     # What a runtime gives.
     def generate(self, prompt: Any, config: Any = None, **options: Any) -> Any:
-        """Generate; see `lmopt.Runtime.generate`."""
+        """Generate; `prompt`, `config` and options are those of `lmopt.Runtime.generate`."""
         raise NotImplementedError
 
     def logits(self, ids: Any, *, sources: Any = None) -> Any:

@@ -88,7 +88,12 @@ class TuneResult:
         return next((one for one in floats if one.exporter is None), floats[0] if floats else None)
 
     def replay(self, folder: str | Path, **options: Any) -> "Replay":
-        """Make the recommended deployment again from its recipe, and measure it; see `lmopt.tuning.replay`."""
+        """Make the recommended deployment again from its recipe, and measure it.
+
+        Args:
+            folder: Where to put it.
+            **options: As for `lmopt.tuning.replay`.
+        """
         from lmopt.tuning.replaying import replay
 
         return replay(self.folder / RESULT, folder, **options)

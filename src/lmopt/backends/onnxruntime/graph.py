@@ -11,11 +11,12 @@ import numpy as np
 from lmopt.backends.onnxruntime.providers import placement
 from lmopt.backends.onnxruntime.session import SessionSettings, create_session, installed_wheels, ort
 from lmopt.backends.onnxruntime.widening import widen
+from lmopt.checking import check_step
 from lmopt.contracts import ArtifactView, EngineReport, EngineRequest
 from lmopt.errors import ClosedError, EngineError, InputError, NotInstalledError, UnsupportedError
 from lmopt.mappings import forget_files
 from lmopt.registry import pip_line
-from lmopt.signature import LOGITS, LOGITS_TO_KEEP, Signature, bytes_per_token, check_step
+from lmopt.signature import LOGITS, LOGITS_TO_KEEP, Signature, bytes_per_token
 from lmopt.types import AnyArray, IntArray, TensorSpec
 
 MODEL: Final = "model.onnx"

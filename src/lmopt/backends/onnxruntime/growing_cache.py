@@ -7,8 +7,9 @@ import numpy as np
 from lmopt.backends.onnxruntime.encoder import Encoder
 from lmopt.backends.onnxruntime.graph import Graph
 from lmopt.backends.onnxruntime.session import ort
+from lmopt.checking import check_sources, state_begins_with_source
 from lmopt.contracts import EngineReport, PaddingSide
-from lmopt.signature import LOGITS, SOURCE_MASK, ArrayState, check_sources, state_begins_with_source
+from lmopt.signature import LOGITS, SOURCE_MASK, ArrayState
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from lmopt.backends.onnxruntime.binding import Binding
 from lmopt.backends.onnxruntime.graph import Graph
 from lmopt.backends.onnxruntime.rooms import Room, require_memory
+from lmopt.checking import check_rewind, check_step, whole_numbers
 from lmopt.contracts import EngineReport, PaddingSide
 from lmopt.errors import ContextLengthError, CorruptArtifactError, InsufficientMemoryError
-from lmopt.signature import check_rewind, check_step, whole_numbers
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 _FIRST_CAPACITY: Final = 64

@@ -19,9 +19,10 @@ from lmopt.backends.tensorrt.memory import Memory
 from lmopt.backends.tensorrt.placing import Placing
 from lmopt.backends.tensorrt.reporting import report_of
 from lmopt.backends.tensorrt.state import DeviceState, slots_for
+from lmopt.checking import whole_numbers
 from lmopt.contracts import EngineReport, PaddingSide
 from lmopt.errors import ClosedError, ContextLengthError, ShapeError, UnsupportedOptionError
-from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, ArrayState, Step, whole_numbers
+from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, ArrayState, Step
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 _Read = Callable[[Placing, slice, int, int], None]

@@ -14,6 +14,7 @@ from lmopt.backends.torch.encoder_decoder import EncoderDecoder
 from lmopt.backends.torch.export_program import read_program
 from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name, stated_casts
 from lmopt.backends.torch.spec import BACKEND
+from lmopt.checking import check_sources, state_begins_with_source
 from lmopt.contracts import EngineReport, EngineRequest, PaddingSide
 from lmopt.errors import (
     ClosedError,
@@ -22,16 +23,7 @@ from lmopt.errors import (
     UnsupportedOptionError,
 )
 from lmopt.platform import usable_cpus
-from lmopt.signature import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    POSITION_IDS,
-    SOURCE_MASK,
-    ArrayState,
-    bytes_per_token,
-    check_sources,
-    state_begins_with_source,
-)
+from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, SOURCE_MASK, ArrayState, bytes_per_token
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 if TYPE_CHECKING:
