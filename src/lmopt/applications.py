@@ -129,7 +129,7 @@ class Applications:
         raise NotImplementedError
 
     def logits(self, ids: Any, *, sources: Any = None) -> Any:
-        """Compute logits; see `lmopt.Runtime.logits`."""
+        """Compute logits; `ids` and `sources` are those of `lmopt.Runtime.logits`."""
         raise NotImplementedError
 
     def _config(self, config: GenerationConfig | None, options: Mapping[str, Any]) -> GenerationConfig:
