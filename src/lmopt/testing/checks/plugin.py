@@ -15,7 +15,7 @@ from lmopt.testing.judge import insist, refuses
 from lmopt.types import DTYPE_BYTES
 
 HEAVY = ("torch", "onnx", "onnxruntime", "transformers", "tensorrt")
-FEATURES = frozenset({"taps", "threads", "trust"})
+FEATURES = frozenset({"encoder", "taps", "threads", "trust"})
 """Words that a backend may declare, each proved by a check."""
 
 _PROBE = """
