@@ -105,7 +105,13 @@ def test_plain_data() -> None:
     assert manifest.plain(given_value, "x") == {
         "a": [0.5, 7, True, None],
         "b": {
-            "facts": {"vocab_size": 3, "context_length": None, "parameters": 0, "architecture": ""},
+            "facts": {
+                "vocab_size": 3,
+                "context_length": None,
+                "parameters": 0,
+                "architecture": "",
+                "source": None,
+            },
             "sizes": [1, 2],
         },
     }
