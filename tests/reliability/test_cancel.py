@@ -97,7 +97,11 @@ def test_a_deadline_returns_what_is_there(runtime):
 
 
 PROGRAM = """
-    import sys
+    import contextlib, sys
+    # torch imports it as Python ends, where it is installed. Its first import makes named tuples, whose `eval` lets
+    # CPython forget that an interrupt went unhandled, and the status would be 1.
+    with contextlib.suppress(ImportError):
+        import tabulate
     from lmopt.model import Model
     from lmopt.runtime import Runtime
     from lmopt.testing.models import tiny_llama
@@ -137,8 +141,4 @@ def test_a_signal_ends_it_and_leaves_it_usable(runtime, number):
     if number == signal.SIGINT:
         assert out == "3\n", err
         assert "KeyboardInterrupt" in err
-        # With some packages installed, `import transformers` alone makes Python end with 1 after this exception:
-        # the status is theirs. The command line's own, 130, is tested in tests/cli.
-        assert child.returncode in (-number, 128 + number, 1)
-    else:
-        assert child.returncode in (-number, 128 + number)
+    assert child.returncode in (-number, 128 + number)
