@@ -127,6 +127,8 @@ def test_scores_are_the_log_probabilities_of_each_token_but_the_first(runtime: R
     alone = runtime.score(TEXT)
     assert np.array_equal(alone, runtime.score(ROW))
     assert near(alone, found[-1])
+    if runtime.backend != "torch":
+        assert np.array_equal(alone, found[-1])
 
 
 def test_perplexity_is_that_of_windows_read_alone(runtime: Runtime, model: Model) -> None:
