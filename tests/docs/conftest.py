@@ -29,7 +29,7 @@ def words(count: int, seed: int) -> str:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A seeded Llama of five blocks with a byte tokenizer and a chat template, as a Hugging Face folder."""
+    """A seeded Llama of two blocks with a byte tokenizer and a chat template, as a Hugging Face folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -48,7 +48,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=384,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=5,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

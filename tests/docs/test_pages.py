@@ -37,7 +37,9 @@ SMALLER = [
     (r"epochs=\d+", "epochs=1"),
     (r"batch_size=256", "batch_size=8"),
     (r"workers=\d+", "workers=1"),
-    (r"--(max-steps|max-new-tokens)\n\d+", r"--\1\n4"),  # words of a command stand on lines of their own
+    (r"DropBlocks\(share=0\.2\)", "DropBlocks(share=0.5)"),  # of two blocks
+    (r"--(max-steps|max-new-tokens|prompt-tokens|new-tokens)\n\d+", r"--\1\n4"),  # a command's words stand on lines
+    (r"^bench\n", "bench\n--prompt-tokens\n4\n--new-tokens\n4\n--rounds\n1\n"),
     (r"--workers\n\d+", "--workers\n1"),
 ]
 
@@ -71,7 +73,7 @@ BEFORE = {
         "config_a, config_b = lmopt.GenerationConfig(max_new_tokens=2), lmopt.GenerationConfig(max_new_tokens=3)\n"
         "messages = [{'role': 'user', 'content': 'the cat'}]\n"
         "system, questions = 'the old house ', ['a', 'b']\n"
-        "runtime = lmopt.Runtime('smollm2-onnx')\nquestion_about_a_text = 'the cat sat on the cat'"
+        "question_about_a_text = 'the cat sat on the cat'"
     ),
     "docs/guide/privacy.md": _OPEN + "texts = open('book.txt').read().splitlines()",
     "docs/guide/training.md": (
@@ -103,7 +105,7 @@ def run_shell(block: Block) -> None:
             continue  # it fetches a model; tests/cli runs it on one that is there
         if line[0] == "lmopt":
             words = smaller("\n".join(line[1:])).split("\n")
-            if words[0] == "export":
+            if words[0] in {"compress", "export"}:
                 # A page that has shown the same in Python shows here how to do it from a shell instead.
                 shutil.rmtree(words[2], ignore_errors=True)
             done = CliRunner().invoke(app, words)

@@ -16,7 +16,7 @@ VOCABULARY = 20
 class Biased:
     """Gives each token a fixed log-probability, whatever stands before it."""
 
-    facts = SimpleNamespace(vocab_size=VOCABULARY, context_length=None)
+    facts = SimpleNamespace(vocab_size=VOCABULARY, context_length=None, source=None)
     ragged = True
 
     def __init__(self, logits: np.ndarray) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from numpy.typing import NDArray
 from torch import nn
 
@@ -102,7 +103,12 @@ def test_gradient_checkpointing_changes_no_loss(ids: Ids) -> None:
         train(Model.from_module(tiny_gpt()), ids, config=config(gradient_checkpointing=True))
 
 
-def test_another_user_of_accelerate_in_this_process_is_not_disturbed(ids: Ids) -> None:
+def test_another_user_of_accelerate_in_this_process_is_not_disturbed(
+    ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tests before this one may have chosen a precision for the process: lm-eval's own model does.
+    for one in (AcceleratorState, PartialState, GradientState):
+        monkeypatch.setattr(one, "_shared_state", {})
     theirs = Accelerator(mixed_precision="bf16", cpu=True)
     train(Model.from_module(tiny_lstm()), ids, config=config())
     assert theirs.mixed_precision == "bf16"

@@ -53,6 +53,7 @@ class Case:
         device: Declared device.
         dtype: Declared compute type.
         options: Options that every engine of the case is opened with.
+        shared: The engine that checks share, if one is open.
     """
 
     backend: str
@@ -60,6 +61,7 @@ class Case:
     device: str = "cpu"
     dtype: str = "float32"
     options: Mapping[str, Any] = field(default_factory=dict)
+    shared: list[Engine] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def spec(self) -> BackendSpec:
@@ -103,12 +105,23 @@ class Case:
 
     @contextmanager
     def engine(self) -> Iterator[Engine]:
-        """Open an engine as the case says, and close it."""
-        engine = self.open()
+        """Give the engine that the checks of a case share, opened as the case says.
+
+        Opening takes most of the time of most checks. An engine on which a check fails is closed, and the next
+        check gets a new one.
+        """
+        if not self.shared:
+            self.shared.append(self.open())
         try:
-            yield engine
-        finally:
-            engine.close()
+            yield self.shared[0]
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the engine that the checks have shared, if there is one."""
+        while self.shared:
+            self.shared.pop().close()
 
 
 def draw_source(facts: ModelFacts, length: int, *, seed: int) -> AnyArray:

@@ -5,6 +5,7 @@ import json
 import tempfile
 import threading
 import unittest
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from lmopt.accelerators import cuda
 from lmopt.artifact import Artifact, publish
-from lmopt.contracts import ExportRequest
+from lmopt.contracts import Engine, ExportRequest
 from lmopt.errors import PluginError, UnsupportedError, UnsupportedPrecisionError
 from lmopt.registry import exporters
 from lmopt.testing import models, seq2seq
@@ -85,7 +86,10 @@ class Workshop:
         self._folder = tempfile.TemporaryDirectory(prefix="lmopt-testing-")
         self._built: dict[tuple[str, str, str, str], Subject] = {}
         self._failed: dict[tuple[str, str, str, str], str] = {}
+        self._engines: list[list[Engine]] = []
         self._lock = threading.Lock()
+        # Engines go before the files that they read, also when the process ends.
+        self._closing = weakref.finalize(self, _close, self._engines, self._folder)
 
     def __enter__(self) -> Self:
         """Give the workshop itself."""
@@ -100,12 +104,12 @@ class Workshop:
     def close(self) -> None:
         """Remove everything that was built."""
         self._built.clear()
-        self._folder.cleanup()
+        self._closing()
 
     def case(
         self, backend: str, model: str, model_format: str, device: str, dtype: str, target: str = ""
     ) -> Callable[[], Case]:
-        """Give a function that builds a case when it is called.
+        """Give a function that builds a case when it is called; what it gives shares one engine.
 
         A dialect that is not the format's default is the backend's to refuse, and a type other than float32 is this
         machine's (`UnsupportedPrecisionError`): then the function raises `unittest.SkipTest`.
@@ -123,11 +127,14 @@ class Workshop:
                 return f"the backend does not read this dialect: {error}"
             return ""
 
+        shared: list[Engine] = []
+        self._engines.append(shared)
+
         def make() -> Case:
             subject = self.subject(model, model_format, dtype, target)
             if (target or dtype != "float32") and (reason := refusal()):
                 raise unittest.SkipTest(reason)
-            return Case(backend, subject, device, dtype)
+            return Case(backend, subject, device, dtype, shared=shared)
 
         return make
 
@@ -173,6 +180,13 @@ class Workshop:
         target = Path(self._folder.name) / f"{model}-{model_format}{dialect}-{dtype}"
         artifact = export(module, model_format, facts, target, dialect=dialect)
         return Subject(model, model_format, facts, reference, artifact=artifact)
+
+
+def _close(engines: list[list[Engine]], folder: tempfile.TemporaryDirectory[str]) -> None:
+    for shared in engines:
+        while shared:
+            shared.pop().close()
+    folder.cleanup()
 
 
 def export(

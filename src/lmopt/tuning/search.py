@@ -368,8 +368,8 @@ class Search:
 
     def _give_up_ms(self, recipe: Recipe) -> float | None:
         fastest = self._fastest_float_ms()
-        if fastest is None:
-            return None
+        if fastest is None or "latency" not in self.plan.objectives:
+            return None  # a slow one may be what is wanted, where only size counts
         # Where no float model keeps the limits, a slower one that does is what is wanted.
         return fastest * (_HOPELESS_FLOAT if recipe.is_float or not self._float_would_do() else _HOPELESS)
 
