@@ -26,7 +26,7 @@ PAGES = [
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "guide").glob("*.md")),
 ]
 
-# The same code in a small size.
+# The same code in a small size. The words of a command stand on lines of their own.
 SMALLER = [
     (r"max_steps=\d+", "max_steps=4"),
     (r"eval_steps=\d+", "eval_steps=2"),
@@ -38,7 +38,7 @@ SMALLER = [
     (r"batch_size=256", "batch_size=8"),
     (r"workers=\d+", "workers=1"),
     (r"DropBlocks\(share=0\.2\)", "DropBlocks(share=0.5)"),  # of two blocks
-    (r"--(max-steps|max-new-tokens|prompt-tokens|new-tokens)\n\d+", r"--\1\n4"),  # a command's words stand on lines
+    (r"--(max-steps|max-new-tokens|prompt-tokens|new-tokens)\n\d+", r"--\1\n4"),
     (r"^bench\n", "bench\n--prompt-tokens\n4\n--new-tokens\n4\n--rounds\n1\n"),
     (r"--workers\n\d+", "--workers\n1"),
 ]
