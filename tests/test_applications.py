@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lmopt
-from lmopt.errors import UnsupportedError, UnsupportedOptionError
+from lmopt.applications import Opinion
+from lmopt.errors import UnsupportedError, UnsupportedOptionError, VocabularyMismatchError
+from lmopt.generation.fusion import Fusion
 from lmopt.speech import LogMel, read_audio
 from lmopt.testing.models import tiny_gpt
-from lmopt.testing.seq2seq import tiny_t5, tiny_whisper
+from lmopt.testing.seq2seq import VOCAB_SIZE, tiny_t5, tiny_whisper
 
 SPECIAL = {3: "<|start|>", 90: "<|en|>", 91: "<|de|>", 92: "<|transcribe|>", 93: "<|translate|>"}
 WORDS = lmopt.Tokenizer(
@@ -76,6 +79,45 @@ def test_transcribe_hears_the_language_and_asks_for_the_task() -> None:
             rt.transcribe(sound[0], language="fr")
         with pytest.raises(UnsupportedError, match="no encoder that reads text"):
             rt.translate("w5")
+
+
+def test_a_language_model_is_asked_for_its_opinion() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        writer = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                num_attention_heads=2, initializer_range=0.5, max_position_embeddings=64,
+            )
+        ).eval()  # fmt: skip
+    model = lmopt.Model.from_module(tiny_t5(), tokenizer=WORDS)
+    written = lmopt.Model.from_module(writer, tokenizer=WORDS, generation_config={"bos_token_id": 1})
+    texts = ["w5 w6 w7 w8", "w40 w41"]
+    with lmopt.Runtime(model) as rt, lmopt.Runtime(written) as lm:
+        found = rt.generate(texts, num_beams=4, num_return_sequences=4, max_new_tokens=5)
+        expected = []
+        for several in found:
+            rows = [[1, *WORDS.encode(one.text)] for one in several]
+            sums = [
+                one.score * len(one.token_ids) + 30.0 * float(lm.score([row])[0].sum()) + 0.1 * (len(row) - 1)
+                for one, row in zip(several, rows, strict=True)
+            ]
+            expected.append(several[int(np.argmax(sums))].text)
+        asked = {"num_beams": 4, "max_new_tokens": 5}
+        rescored = rt.translate(texts, **asked, opinion=Opinion(lm, 30.0, word_bonus=0.1))
+        assert rescored == expected
+        assert rescored != rt.translate(texts, **asked)
+        fused = rt.generate(texts, **asked, fusion=Fusion(lm.engine, 0.5, 1))
+        assert rt.translate(texts, **asked, opinion=Opinion(lm, 0.5, "fuse")) == [one.text for one in fused]
+        assert rt.translate(texts[1], **asked, opinion=Opinion(lm, 0.5)) in {one.text for one in found[1]}
+        with pytest.raises(UnsupportedOptionError, match="expected 'rescore', or 'fuse' without"):
+            rt.translate(texts, opinion=Opinion(lm, 0.5, "fuse", word_bonus=0.1))
+    with (
+        lmopt.Runtime(model) as rt,
+        lmopt.Runtime(lmopt.Model.from_module(writer)) as mute,
+        pytest.raises(VocabularyMismatchError, match="another tokenizer"),
+    ):
+        rt.translate(texts, opinion=Opinion(mute, 0.5, "fuse"))
 
 
 def test_decoders_do_neither() -> None:

@@ -4,16 +4,41 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
-from lmopt.errors import UnsupportedError
+from lmopt.errors import UnsupportedError, UnsupportedOptionError, VocabularyMismatchError
 from lmopt.generation import GenerationConfig
 from lmopt.generation.config import DEFAULT_NEW_TOKENS
+from lmopt.generation.fusion import Fusion
+from lmopt.generation.rescoring import rescored, start_token
 from lmopt.speech import LogMel, SpeechTask, read_audio
 from lmopt.tokenizer import Tokenizer
 from lmopt.types import FloatArray, ModelFacts
 
 _logger = logging.getLogger(__name__)
+
+_RESCORED_BEAMS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """A language model that is asked about what a speech or translation model writes.
+
+    Attributes:
+        language_model: An `lmopt.Runtime` of a decoder, on any engine.
+        weight: Factor of its log-probabilities, at least 0.
+        method: `"rescore"`: it chooses among the texts that beam search has found, whatever its vocabulary is
+            (8 beams where no number is given). `"fuse"`: it has a say in each token, and must have the model's
+            own tokenizer.
+        word_bonus: Added to the score of a text for each of its words, since a language model likes short texts;
+            for `"rescore"`.
+    """
+
+    language_model: Any
+    weight: float = 0.3
+    method: Literal["rescore", "fuse"] = "rescore"
+    word_bonus: float = 0.0
 
 
 class Applications:
@@ -29,6 +54,7 @@ class Applications:
         config: GenerationConfig | None = None,
         *,
         decoder_input_ids: Sequence[int] | None = None,
+        opinion: Opinion | None = None,
         **options: Any,
     ) -> Any:
         """Translate texts, or whatever else an encoder-decoder of text was trained to make of them.
@@ -38,6 +64,7 @@ class Applications:
             config: As for `generate`.
             decoder_input_ids: As for `generate`; models of several languages are told which by these, or by
                 `forced_bos_token_id`.
+            opinion: A language model that is asked about the results.
             **options: As for `generate`. Without a limit, a result may be twice as long as the longest source and 20
                 tokens more; what comes to its end before it is finished is warned of.
 
@@ -58,7 +85,7 @@ class Applications:
             room = (self.facts.context_length or sys.maxsize) - len(decoder_input_ids or [0])
             longest = 2 * max(len(one) for one in sources) + DEFAULT_NEW_TOKENS
             settings = settings.with_options(max_new_tokens=min(longest, room))
-        return self._texts(sources, settings, decoder_input_ids, many)
+        return self._texts(sources, settings, decoder_input_ids, many, opinion)
 
     def transcribe(
         self,
@@ -67,6 +94,7 @@ class Applications:
         *,
         language: str | None = None,
         task: str | None = None,
+        opinion: Opinion | None = None,
         **options: Any,
     ) -> Any:
         """Write down what is said.
@@ -77,6 +105,7 @@ class Applications:
             language: Code of the language that is spoken, such as `"en"`; `None` lets a model of several languages
                 hear it for itself, clip by clip.
             task: `"transcribe"`, or `"translate"` into English, for models of several languages.
+            opinion: A language model that is asked about the results.
             **options: As for `generate`.
 
         Returns:
@@ -103,7 +132,7 @@ class Applications:
         settings = self._config(config, options)
         if settings.max_new_tokens is None and settings.max_length is None:
             settings = settings.with_options(max_length=self.facts.context_length)
-        return self._texts(clips, settings, [asked.prompt(one, task) for one in spoken], many)
+        return self._texts(clips, settings, [asked.prompt(one, task) for one in spoken], many, opinion)
 
     def _languages(self, clips: Sequence[FloatArray], asked: SpeechTask) -> list[str | None]:
         """Hear which language is spoken in each clip."""
@@ -111,9 +140,29 @@ class Applications:
         found: Any = self.logits([[asked.start]] * len(clips), sources=list(clips))
         return [names[int(one[-1, tokens].argmax())] for one in found]
 
-    def _texts(self, sources: list[Any], config: GenerationConfig, prompts: Any, many: bool) -> Any:
+    def _texts(
+        self, sources: list[Any], config: GenerationConfig, prompts: Any, many: bool, opinion: Opinion | None
+    ) -> Any:
         """Generate texts from sources, and warn of those that were cut off."""
-        found = self.generate(sources, config, decoder_input_ids=prompts) if sources else []
+        found: list[Any]
+        if not sources:
+            found = []
+        elif opinion is None:
+            found = self.generate(sources, config, decoder_input_ids=prompts)
+        elif opinion.method == "rescore":
+            beams = config.num_beams if config.num_beams > 1 else _RESCORED_BEAMS
+            wide = config.with_options(num_beams=beams, num_return_sequences=beams)
+            lists = self.generate(sources, wide, decoder_input_ids=prompts)
+            judged = rescored(
+                lists,
+                opinion.language_model,
+                weight=opinion.weight,
+                word_bonus=opinion.word_bonus,
+                length_penalty=wide.length_penalty,
+            )
+            found = [one[0] for one in judged]
+        else:
+            found = self.generate(sources, config, decoder_input_ids=prompts, fusion=self._fusion(opinion))
         cut = [place for place, one in enumerate(found) if one.finish_reason == "length"]
         if cut:
             _logger.warning(
@@ -122,6 +171,25 @@ class Applications:
             )  # fmt: skip
         texts = [(one.text or "").strip() for one in found]
         return texts if many else texts[0]
+
+    def _fusion(self, opinion: Opinion) -> Fusion:
+        if opinion.method != "fuse" or opinion.word_bonus:
+            raise UnsupportedOptionError(
+                f"method={opinion.method!r}, word_bonus={opinion.word_bonus}; expected 'rescore', or 'fuse' without "
+                "word_bonus"
+            )
+        theirs, start = opinion.language_model.tokenizer, start_token(opinion.language_model)
+        if theirs is None or theirs.vocabulary() != self._need_tokenizer().vocabulary():
+            raise VocabularyMismatchError(
+                "the language model has another tokenizer: fusion adds log-probabilities token by token. Let it "
+                "choose among whole texts instead: method='rescore'"
+            )
+        if not start:
+            raise UnsupportedOptionError(
+                "the language model knows no token for the beginning of a text: its generation_config.json needs "
+                "bos_token_id or eos_token_id"
+            )
+        return Fusion(opinion.language_model.engine, opinion.weight, start[0])
 
     # What a runtime gives.
     def generate(self, prompt: Any, config: Any = None, **options: Any) -> Any:

@@ -22,6 +22,7 @@ from lmopt.evaluation import Perplexity, perplexity
 from lmopt.generation import Generation, GenerationConfig, Token, generate, score, stream
 from lmopt.generation.batching import Arrivals, steps
 from lmopt.generation.cohorts import for_unequal_rows
+from lmopt.generation.fusion import Fusion
 from lmopt.generation.guarded import GuardedEngine
 from lmopt.generation.interruption import Cancels, Interruption
 from lmopt.generation.prefixes import PrefixReport, PrefixStore
@@ -179,6 +180,7 @@ class Runtime(Applications):
         cancel: Cancels = None,
         on_token: Callable[[Token], object] | None = None,
         streamer: Streamer | None = None,
+        fusion: Fusion | None = None,
         **options: Any,
     ) -> Any:
         """Continue one prompt, or many in one batch.
@@ -200,6 +202,7 @@ class Runtime(Applications):
             on_token: Called with each token as soon as it is chosen.
             streamer: transformers' `TextStreamer`, `TextIteratorStreamer`, or what has their `put` and `end`:
                 is given the ids of the prompt, then each new token. For one prompt with one sequence.
+            fusion: A language model of the same vocabulary that has a say in each token.
             **options: Fields of `GenerationConfig`, by transformers' names; each wins over `config`.
 
         Returns:
@@ -240,6 +243,7 @@ class Runtime(Applications):
                 cancel=cancel,
                 on_token=tell,
                 workspace=self._workspace,
+                fusion=fusion,
             )
         results = found if several else [one[0] for one in found]
         return results if many else results[0]

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lmopt
+from lmopt.applications import Opinion
 from lmopt.testing.seq2seq import VOCAB_SIZE, tiny_t5, tiny_whisper
 
 
@@ -32,6 +35,41 @@ def test_translate(tmp_path: Path, call: Any) -> None:
     assert done.stdout.splitlines() == expected
     done = call("translate", folder, texts[1], "--set", "max_new_tokens=6", "--num-beams", "3", "--json")
     assert done.data["texts"] == [beams]
+
+
+def test_a_language_model_is_asked(tmp_path: Path, call: Any) -> None:
+    folder = saved(tiny_t5(), tmp_path / "t5")
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        writer = saved(LlamaForCausalLM(config).eval(), tmp_path / "llama")
+    with lmopt.Runtime(folder) as rt, lmopt.Runtime(writer) as lm:
+        expected = rt.translate("w5 w6", max_new_tokens=4, opinion=Opinion(lm, 60.0, word_bonus=1.0))
+        fused = rt.translate("w5 w6", max_new_tokens=4, num_beams=2, opinion=Opinion(lm, 60.0, "fuse"))
+        plain = rt.translate("w5 w6", max_new_tokens=4, num_beams=2)
+    assert fused != plain
+    asked = (
+        "translate",
+        folder,
+        "w5 w6",
+        "--set",
+        "max_new_tokens=4",
+        "--language-model",
+        writer,
+        "--lm-weight",
+        "60",
+    )
+    done = call(*asked, "--word-bonus", "1")
+    assert done.status == 0, done.stderr
+    assert done.stdout.splitlines() == [expected]
+    done = call(*asked, "--lm-method", "fuse", "--num-beams", "2")
+    assert done.stdout.splitlines() == [fused]
 
 
 def test_transcribe(tmp_path: Path, call: Any) -> None:

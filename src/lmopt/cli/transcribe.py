@@ -8,7 +8,7 @@ import typer
 from lmopt.cli.opening import open_runtime
 from lmopt.cli.options import Backend, Device, Dtype, Source, Threads, Trust, assignments
 from lmopt.cli.output import Output
-from lmopt.cli.translate import show
+from lmopt.cli.translate import LanguageModel, Method, Weight, WordBonus, asked, show
 
 
 def transcribe(
@@ -33,15 +33,21 @@ def transcribe(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other field of GenerationConfig; repeatable."),
     ] = None,
+    language_model: LanguageModel = None,
+    lm_weight: Weight = 0.3,
+    lm_method: Method = "rescore",
+    word_bonus: WordBonus = 0.0,
     trust: Trust = False,
 ) -> None:
     """Write down what is said in sound files; one line each to stdout."""
     options = assignments(set_) | ({"num_beams": num_beams} if num_beams > 1 else {})
-    with open_runtime(
-        out, source, backend=backend, device=device, dtype=dtype, threads=threads, trust=trust
-    ) as runtime:
+    place = {"backend": backend, "device": device, "dtype": dtype, "threads": threads, "trust": trust}
+    with (
+        open_runtime(out, source, **place) as runtime,
+        asked(out, language_model, lm_weight, lm_method, word_bonus, place) as opinion,
+    ):
         began = time.perf_counter()
-        found = runtime.transcribe(files, language=language, task=task, **options)
+        found = runtime.transcribe(files, language=language, task=task, opinion=opinion, **options)
         seconds = time.perf_counter() - began
         engine = runtime.report().actual
     show(out, {"files": files, "texts": found, "seconds": seconds, "engine": engine})

@@ -13,6 +13,7 @@ import numpy as np
 from lmopt.contracts import Engine
 from lmopt.generation.cohorts import for_unequal_rows
 from lmopt.generation.config import GenerationConfig
+from lmopt.generation.fusion import Companion, Fusion
 from lmopt.generation.history import History
 from lmopt.generation.interruption import Interruption
 from lmopt.generation.results import FinishReason, Generation
@@ -178,15 +179,17 @@ def beam_search(
     config: GenerationConfig,
     tokenizer: Detokenizer | None,
     interruption: Interruption,
+    fusion: Fusion | None = None,
 ) -> list[list[Generation]]:
     """Search for the best sequences of each prompt.
 
     Args:
         engine: Any engine.
         rows: One a prompt, from `prepare`.
-        config: Options with `num_beams > 1`.
+        config: Options; `num_beams > 1`, or 1 with `fusion`.
         tokenizer: For text.
         interruption: Asked before each step; the best beams so far are returned then.
+        fusion: A language model that has a say in the scores, not in `Generation.logprobs`.
 
     Returns:
         For each prompt its `num_return_sequences` best sequences, best first.
@@ -199,6 +202,11 @@ def beam_search(
     if not active:
         return [search.results(tokenizer) for search in searches]
     longest = max(search.row.history.max_length for search in active)
+    companion = None
+    if fusion is not None:
+        most = max(one.row.history.max_length - one.row.history.prompt_length for one in active)
+        fusion.check(engine.facts.vocab_size, most)
+        companion = Companion(fusion, len(active) * beams, most)
     state = begin(engine, [search.row.source for search in active], capacity=longest)
     lengths = np.array([search.length for search in active])
     input_ids = np.zeros((len(active), lengths.max()), np.int64)
@@ -211,8 +219,11 @@ def beam_search(
         logprobs = np.stack([line - np.float32(log_normalizer(line)) for line in logits[:, -1]])
         parents = []
         for number, search in enumerate(active):
-            part = logprobs[number * beams : (number + 1) * beams]
+            mine = slice(number * beams, (number + 1) * beams)
+            part = logprobs[mine]
             scores = part.copy() if processors else part
+            if companion is not None:
+                scores = companion.add(scores, mine)
             if processors:
                 for line, history in zip(scores, search.histories(), strict=True):
                     for processor in processors:
@@ -223,6 +234,9 @@ def beam_search(
         if not kept:
             return [search.results(tokenizer) for search in searches]
         active = [active[number] for number in kept]
-        state = engine.select(state, np.concatenate([parents[number] for number in kept]))
+        continued = np.concatenate([parents[number] for number in kept])
+        state = engine.select(state, continued)
         input_ids = np.concatenate([search.tokens[:, search.length - 1] for search in active])[:, None]
+        if companion is not None:
+            companion.follow(continued, input_ids)
         logits, state = engine.forward(input_ids, np.ones(len(input_ids), np.int64), state, last_only=True)

@@ -10,6 +10,7 @@ from lmopt.errors import UnsupportedOptionError
 from lmopt.generation.batching import steps
 from lmopt.generation.beam import beam_search
 from lmopt.generation.config import GenerationConfig
+from lmopt.generation.fusion import Fusion
 from lmopt.generation.interruption import Cancels, Interruption
 from lmopt.generation.results import Generation, Token
 from lmopt.generation.rows import Row, decoding_failed, prepare
@@ -32,6 +33,7 @@ def generate(
     cancel: Cancels = None,
     on_token: OnToken | None = None,
     workspace: Workspace | None = None,
+    fusion: Fusion | None = None,
 ) -> list[list[Generation]]:
     """Generate from token ids, all prompts in one batch as far as the limits allow.
 
@@ -58,6 +60,7 @@ def generate(
         on_token: Called with each `Token` as soon as it is chosen; with beams, where no token is
             sure before the end, once with each token of the best sequences at the end.
         workspace: Limits, and what requests share.
+        fusion: A language model of the same vocabulary that has a say in each token; greedy or with beams.
 
     Returns:
         For each prompt, in their order, its `num_return_sequences` results; those of beams best first.
@@ -69,6 +72,7 @@ def generate(
         TokenIdError: An id is outside the vocabulary.
         TokenizerError: Stop strings without a tokenizer.
         EngineError: The engine returned NaN, or failed.
+        VocabularyMismatchError: `fusion` has another vocabulary.
     """
     config = config or GenerationConfig()
     rows = prepare(engine, prompts, config, tokenizer, sources)
@@ -76,13 +80,15 @@ def generate(
         return []
     interruption = Interruption(cancel, rows)
     workspace = workspace or Workspace()
-    if any(row.config.num_beams > 1 for row in rows):
+    if fusion is not None and any(row.config.do_sample for row in rows):
+        raise UnsupportedOptionError("fusion with sampling is not implemented. Pass do_sample=False.")
+    if fusion is not None or any(row.config.num_beams > 1 for row in rows):
         if any(row.config != rows[0].config for row in rows):
             raise UnsupportedOptionError(
-                "prompts with num_beams > 1 must all have the same config; given different ones. "
+                "prompts with num_beams > 1, or with fusion, must all have the same config; given different ones. "
                 "Call generate once for each of them."
             )
-        found = beam_search(engine, rows, rows[0].config, tokenizer, interruption)
+        found = beam_search(engine, rows, rows[0].config, tokenizer, interruption, fusion)
         if on_token is not None:
             _tell(found, on_token)
         return found
