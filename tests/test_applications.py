@@ -15,6 +15,7 @@ from lmopt.applications import Opinion
 from lmopt.errors import UnsupportedError, UnsupportedOptionError, VocabularyMismatchError
 from lmopt.generation.fusion import Fusion
 from lmopt.speech import LogMel, read_audio
+from lmopt.speech.cutting import cut
 from lmopt.testing.models import tiny_gpt
 from lmopt.testing.seq2seq import VOCAB_SIZE, tiny_t5, tiny_whisper
 
@@ -75,6 +76,15 @@ def test_transcribe_hears_the_language_and_asks_for_the_task() -> None:
             expected = [one.text.strip() for one in rt.generate(features, decoder_input_ids=prompts)]
             assert rt.transcribe(list(sound), **options) == expected
             assert rt.transcribe(sound[0], **options) == expected[0]
+        # Longer than the encoder takes: in pieces, all in the language of the first.
+        long = np.concatenate([sound[0], sound[1], sound[0]])
+        pieces = cut(long, 40 * 160, 16000)
+        first = model.module.config.decoder_start_token_id
+        logits = rt.logits([first], sources=LogMel(8, 40)(pieces[0]))
+        spoken = ["en", "de"][int(logits[-1, 90:92].argmax())]
+        parts = [rt.transcribe(one, language=spoken) for one in pieces]
+        assert len(parts) > 2
+        assert rt.transcribe([long, sound[1]]) == [" ".join(parts), rt.transcribe(sound[1])]
         with pytest.raises(UnsupportedOptionError, match="language 'fr' is unknown"):
             rt.transcribe(sound[0], language="fr")
         with pytest.raises(UnsupportedError, match="no encoder that reads text"):

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final, Literal
 
 from lmopt.errors import UnsupportedError, UnsupportedOptionError, VocabularyMismatchError
@@ -85,7 +86,8 @@ class Applications:
             room = (self.facts.context_length or sys.maxsize) - len(decoder_input_ids or [0])
             longest = 2 * max(len(one) for one in sources) + DEFAULT_NEW_TOKENS
             settings = settings.with_options(max_new_tokens=min(longest, room))
-        return self._texts(sources, settings, decoder_input_ids, many, opinion)
+        found = self._texts(sources, settings, decoder_input_ids, opinion)
+        return found if many else found[0]
 
     def transcribe(
         self,
@@ -100,7 +102,8 @@ class Applications:
         """Write down what is said.
 
         Args:
-            audio: Path of a sound file, or `(samples,)` floats in -1 .. 1, 16,000 a second; or a list of either.
+            audio: Path of a sound file, or `(samples,)` floats in -1 .. 1, 16,000 a second; or a list of either. What
+                is longer than the encoder takes is cut where it is quietest.
             config: As for `generate`.
             language: Code of the language that is spoken, such as `"en"`; `None` lets a model of several languages
                 hear it for itself, clip by clip.
@@ -113,7 +116,6 @@ class Applications:
 
         Raises:
             UnsupportedError: The model reads no log-mel features.
-            ContextLengthError: A clip is longer than the encoder takes.
             UnsupportedOptionError: The model has no such language or task.
         """
         source = self.facts.source
@@ -122,17 +124,20 @@ class Applications:
         many = isinstance(audio, Sequence) and not isinstance(audio, str)
         hear = LogMel(source.size, source.length)
         clips = [
-            hear(read_audio(one, hear.sampling_rate) if isinstance(one, str | os.PathLike) else one)
+            hear.pieces(read_audio(one, hear.sampling_rate) if isinstance(one, str | os.PathLike) else one)
             for one in (audio if many else [audio])
         ]
         asked = SpeechTask.of(source.start_token_id, self._need_tokenizer(), self._defaults)
         spoken = [language] * len(clips)
-        if language is None and asked.languages:
-            spoken = self._languages(clips, asked)
+        if language is None and asked.languages and clips:
+            spoken = self._languages([pieces[0] for pieces in clips], asked)
         settings = self._config(config, options)
         if settings.max_new_tokens is None and settings.max_length is None:
             settings = settings.with_options(max_length=self.facts.context_length)
-        return self._texts(clips, settings, [asked.prompt(one, task) for one in spoken], many, opinion)
+        prompts = [asked.prompt(one, task) for one, pieces in zip(spoken, clips, strict=True) for _ in pieces]
+        parts = iter(self._texts([one for pieces in clips for one in pieces], settings, prompts, opinion))
+        texts = [" ".join(text for text in islice(parts, len(pieces)) if text) for pieces in clips]
+        return texts if many else texts[0]
 
     def _languages(self, clips: Sequence[FloatArray], asked: SpeechTask) -> list[str | None]:
         """Hear which language is spoken in each clip."""
@@ -141,8 +146,8 @@ class Applications:
         return [names[int(one[-1, tokens].argmax())] for one in found]
 
     def _texts(
-        self, sources: list[Any], config: GenerationConfig, prompts: Any, many: bool, opinion: Opinion | None
-    ) -> Any:
+        self, sources: list[Any], config: GenerationConfig, prompts: Any, opinion: Opinion | None
+    ) -> list[str]:
         """Generate texts from sources, and warn of those that were cut off."""
         found: list[Any]
         if not sources:
@@ -169,8 +174,7 @@ class Applications:
                 "%d of %d texts reached the limit before their end, the first of source %d: pass max_new_tokens",
                 len(cut), len(found), cut[0],
             )  # fmt: skip
-        texts = [(one.text or "").strip() for one in found]
-        return texts if many else texts[0]
+        return [(one.text or "").strip() for one in found]
 
     def _fusion(self, opinion: Opinion) -> Fusion:
         if opinion.method != "fuse" or opinion.word_bonus:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmopt.errors import ContextLengthError, DtypeError, ShapeError
+from lmopt.speech.cutting import cut
 from lmopt.types import FloatArray
 
 _WINDOW = 400
@@ -47,18 +48,14 @@ class LogMel:
         Raises:
             DtypeError: The samples are no floats.
             ShapeError: They have several axes, or there are none.
-            ContextLengthError: The sound is longer than the encoder takes.
+            ContextLengthError: The sound is longer than the encoder takes; see `pieces`.
         """
-        samples = np.asarray(samples)
-        if samples.dtype.kind != "f":
-            raise DtypeError(f"samples have dtype {samples.dtype}; expected floats in -1 .. 1")
-        if samples.ndim != 1 or not samples.size:
-            raise ShapeError(f"samples have shape {samples.shape}; expected (samples,), one channel")
+        samples = _checked(samples)
         length = self.frames * _HOP
         if samples.size > length:
             raise ContextLengthError(
                 f"the sound is {samples.size / self.sampling_rate:.1f} s long; the encoder takes {self.seconds:g} s. "
-                "Cut it where nobody speaks, and transcribe the parts."
+                "LogMel.pieces cuts it."
             )
         padded = np.zeros(length, np.float64)
         padded[: samples.size] = samples
@@ -69,6 +66,21 @@ class LogMel:
         decades = np.maximum(decades, decades.max() - _RANGE)
         features: FloatArray = ((decades + 4.0) / 4.0).astype(np.float32)
         return features
+
+    def pieces(self, samples: NDArray[np.floating]) -> list[FloatArray]:
+        """Compute the features of a sound of any length, cut where it is quietest into what the encoder takes.
+
+        Args:
+            samples: As above.
+
+        Returns:
+            `(size, frames)` float32 of each piece, in order; one for a sound that the encoder takes whole.
+
+        Raises:
+            DtypeError, ShapeError: As above.
+        """
+        whole = _checked(samples)
+        return [self(one) for one in cut(whole, self.frames * _HOP, self.sampling_rate)]
 
     @cached_property
     def _window(self) -> NDArray[np.float64]:
@@ -88,6 +100,15 @@ class LogMel:
         triangles = np.maximum(0.0, np.minimum(rising, falling))
         area: NDArray[np.float64] = triangles * (2.0 / (edges[2:] - edges[:-2]))
         return area
+
+
+def _checked(samples: NDArray[np.floating]) -> NDArray[np.floating]:
+    samples = np.asarray(samples)
+    if samples.dtype.kind != "f":
+        raise DtypeError(f"samples have dtype {samples.dtype}; expected floats in -1 .. 1")
+    if samples.ndim != 1 or not samples.size:
+        raise ShapeError(f"samples have shape {samples.shape}; expected (samples,), one channel")
+    return samples
 
 
 def _mel(hertz: float) -> float:
