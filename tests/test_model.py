@@ -414,6 +414,10 @@ def test_encoder_decoders_come_back_as_they_were(
     assert first.facts.source.start_token_id == module.config.decoder_start_token_id
     assert first.fingerprint() == again.fingerprint()
     assert type(again.module) is type(module)
+    described = tmp_path / "ours" / "preprocessor_config.json"
+    assert described.exists() == (build is tiny_whisper)
+    if described.exists():
+        assert json.loads(described.read_text())["feature_size"] == first.facts.source.size
     for model in (first, again):
         for (name, one), other in zip(module.named_parameters(), model.module.parameters(), strict=True):
             assert torch.equal(one, other), name

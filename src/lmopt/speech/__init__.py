@@ -3,3 +3,6 @@
 from lmopt.speech.audio import read_audio as read_audio
 from lmopt.speech.features import LogMel as LogMel
 from lmopt.speech.task import SpeechTask as SpeechTask
+
+PREPROCESSOR = "preprocessor_config.json"
+"""File in which transformers looks for how sound becomes features."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,23 @@ class LogMel:
     def seconds(self) -> float:
         """Longest sound in seconds."""
         return self.frames * _HOP / self.sampling_rate
+
+    def describe(self) -> dict[str, Any]:
+        """Give the `preprocessor_config.json` by which transformers makes the same features."""
+        return {
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": self.size,
+            "sampling_rate": self.sampling_rate,
+            "hop_length": _HOP,
+            "n_fft": _WINDOW,
+            "chunk_length": self.frames * _HOP // self.sampling_rate,
+            "n_samples": self.frames * _HOP,
+            "nb_max_frames": self.frames,
+            "padding_side": "right",
+            "padding_value": 0.0,
+            "dither": 0.0,
+            "return_attention_mask": False,
+        }
 
     def __call__(self, samples: NDArray[np.floating]) -> FloatArray:
         """Compute the features of one sound.
