@@ -14,7 +14,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from lmopt.backends.torch.quieting import quiet
-from lmopt.backends.torch.tracing import plain_reason
+from lmopt.backends.torch.tracing import plain_reason, uncached
 from lmopt.errors import ExportError
 from lmopt.signature import (
     ATTENTION_MASK,
@@ -89,7 +89,7 @@ def translate(
     Raises:
         ExportError: torch knows no translation.
     """
-    with quiet():
+    with quiet(), uncached():
         try:
             translated = torch.onnx.export(
                 program, arguments, opset_version=opset, optimize=False, verbose=False

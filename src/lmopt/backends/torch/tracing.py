@@ -149,6 +149,7 @@ def _hinted(free: Any) -> Any:
 def traceable(module: nn.Module) -> Iterator[None]:
     """Make a transformers model traceable for the time of one export, by transformers' own means."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(uncached())
         # Any: nn.Module's attributes are tensors or modules to a type checker.
         model: Any = module
         if getattr(model, "_can_set_experts_implementation", lambda: False)():
@@ -162,4 +163,20 @@ def traceable(module: nn.Module) -> Iterator[None]:
 
                 stack.enter_context(apply_patches("dynamo"))
                 stack.enter_context(apply_patches("onnx"))
+        yield
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Let torch work out the shapes of every call anew while it traces or translates.
+
+    It keeps results by the shapes of arguments, and with free sizes keeping and finding them takes longer than
+    working them out: a third of the time of an export.
+    """
+    from torch._dynamo import config
+
+    if not hasattr(config, "fake_tensor_cache_enabled"):
+        yield
+        return
+    with config.patch(fake_tensor_cache_enabled=False):
         yield
