@@ -47,7 +47,8 @@ def test_doctor_here(call) -> None:
     assert result.data["ok"] == (not broken)
 
 
-def test_both_wheels_of_onnxruntime_fail(call, site: Path) -> None:
+def test_both_wheels_of_onnxruntime_fail(call, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmopt.cli.doctor.check_plugins", lambda tell: [])  # each in a process of its own
     fake_distribution(site, "onnxruntime-gpu", "1.31.1")
     fake_distribution(site, "onnxruntime", "1.32.0")
     result = call("doctor", "--json")

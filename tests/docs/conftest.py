@@ -4,9 +4,15 @@ import json
 import random
 import shutil
 import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from lmopt.contracts import ExportRequest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -72,6 +78,31 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Trace and translate equal models once: most pages export the same one, and these are not the tests of that."""
+    from lmopt.backends.torch import export_onnx
+    from lmopt.backends.torch.saving import fingerprint
+
+    kept: dict[str, tuple[Path, Any]] = {}
+    write = export_onnx.export_onnx
+
+    def remembered(request: ExportRequest) -> Any:
+        rows = [row.tolist() for row in request.rows]
+        model = fingerprint(request.module, request.config)
+        key = json.dumps([model, request.target, dict(request.options), rows], default=str)
+        if key not in kept:
+            folder = tmp_path_factory.mktemp("exported")
+            kept[key] = folder, write(replace(request, folder=folder))
+        folder, record = kept[key]
+        shutil.copytree(folder, request.folder, dirs_exist_ok=True)
+        return deepcopy(record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_onnx, "export_onnx", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")
