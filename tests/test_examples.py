@@ -28,7 +28,13 @@ def run(name: str, folder: Path, *arguments: str) -> str:
 
 
 def test_there_is_a_test_for_each_example() -> None:
-    assert SCRIPTS == ["lstm_tutorial.py", "recover_pruned.py", "swap_engines.py", "train_to_service.py"]
+    assert SCRIPTS == [
+        "lstm_tutorial.py",
+        "recover_pruned.py",
+        "swap_engines.py",
+        "train_to_service.py",
+        "translation.py",
+    ]
 
 
 def test_the_tutorial_lstm_learns_and_runs_on_both_engines(tmp_path: Path) -> None:
@@ -77,6 +83,31 @@ def test_engines_are_swapped_without_a_change(
         assert f"{backend}: cpu, float32" in said
     assert "8 identical tokens" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_translator_of_ones_own_module(tmp_path: Path) -> None:
+    marian = os.environ.get("LMOPT_EXAMPLE_MARIAN")
+    said = run("translation.py", tmp_path)
+    assert "same tokens on both engines" in said
+    if marian:
+        assert said.count("As crianças estavam brincando alegremente no jardim.") == 4
+
+
+def test_its_sum_is_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import translation
+
+    module = translation.Marian(translation.random_weights()).eval()
+    ids = torch.tensor([[0, 4, 5, 9, 11, 4]])
+    with torch.no_grad():
+        whole, _ = module(ids, module.encode(torch.tensor([[5, 9, 31, 7, 0]])))
+        state, steps = module.encode(torch.tensor([[5, 9, 31, 7, 0]])), []
+        for one in ids[0]:
+            logits, state = module(one.view(1, 1), state)
+            steps.append(logits[0, 0])
+    torch.testing.assert_close(torch.stack(steps), whole[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
