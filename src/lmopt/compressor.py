@@ -16,6 +16,7 @@ from lmopt.evaluation.tolerances import TOLERANCES, Tolerance
 from lmopt.gate import GATE_TEXTS
 from lmopt.generation import GenerationConfig, generate
 from lmopt.model import Model
+from lmopt.pairs import after, pairs
 from lmopt.registry import backends
 from lmopt.types import IntArray
 
@@ -63,6 +64,7 @@ class Compressor:
         *,
         calibration: Calibration | Sequence[str] | str | os.PathLike[str] | None = None,
         texts: Sequence[str] | None = None,
+        sources: Sequence[Any] | None = None,
         progress: Progress | None = None,
     ) -> Model:
         """Make a compressed copy of a model.
@@ -74,6 +76,9 @@ class Compressor:
                 without a tokenizer reads seeded random ids where it is `None`.
             texts: Texts to measure the loss on, some thousand tokens for figures that settle; not those of
                 the calibration. Where `None`, lmopt's few built-in ones.
+            sources: For an encoder-decoder, which is measured on pairs: what its encoder reads before each of `texts`
+                (texts, ids or features). Without `texts`, the original's own greedy texts are what is right. Where
+                `None`, built-in texts or made-up numbers.
             progress: Called with the stage's name, the steps done and their total.
 
         Returns:
@@ -87,9 +92,9 @@ class Compressor:
         """
         tell = progress or silent
         if model.facts.source is not None:
-            raise UnsupportedError(
-                f"{model.source} is an encoder-decoder; lmopt compresses models without an encoder so far"
-            )
+            self._require_no_reading(model, calibration)
+        elif sources is not None:
+            raise UnsupportedError(f"{model.source} has no encoder; leave sources out")
         rows = self._rows(model, calibration, tell)
         small, errors = model, {}
         for step in self.steps:
@@ -98,7 +103,9 @@ class Compressor:
             apply = backends.load("torch", target=step.target)
             small = small.with_module(apply(small.module, step, setting), recipe=[step.to_dict()])
             errors.update(setting.errors)
-        report = compare_models(model, small, texts=texts, layer_errors=errors, progress=tell)
+        report = compare_models(
+            model, small, texts=texts, sources=sources, layer_errors=errors, progress=tell
+        )
         small.report = report
         limits = self.tolerance or TOLERANCES[_usual(self.steps)]
         if failures := report.failures(limits):
@@ -109,6 +116,15 @@ class Compressor:
                 raise ParityError(told, report)
             warnings.warn(told, LossWarning, stacklevel=2)
         return small
+
+    def _require_no_reading(self, model: Model, calibration: object) -> None:
+        reading = [step.name for step in self.steps if step.needs_texts]
+        if reading or calibration is not None:
+            raise UnsupportedError(
+                f"{model.source} is an encoder-decoder, which lmopt does not let read texts while it compresses: "
+                f"{f'step {reading[0]!r} needs that' if reading else 'leave calibration out'}. Steps that need no "
+                "texts: Quantize (rtn), HQQ, Magnitude, Cast"
+            )
 
     def _rows(self, model: Model, given: Any, tell: Progress) -> list[IntArray]:
         """Make the calibration rows, if a step needs any."""
@@ -172,6 +188,7 @@ def compare_models(
     small: Model,
     *,
     texts: Sequence[str] | None = None,
+    sources: Sequence[Any] | None = None,
     layer_errors: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> CompressionReport:
@@ -181,6 +198,7 @@ def compare_models(
         original: The float model.
         small: The compressed one.
         texts: As for `Compressor.compress`.
+        sources: As for `Compressor.compress`.
         layer_errors: Errors of single weights, for the report.
         progress: As for `Compressor.compress`.
 
@@ -189,13 +207,22 @@ def compare_models(
     """
     forward = backends.load("torch", target=f"{_TORCH_ROOM}.reference:FullForward")
     size = backends.load("torch", target=f"{_TORCH_ROOM}.quantizing:stored_bytes")
+    if original.facts.source is None:
+        rows = _windows(original, texts)
+        reference, candidate = (forward(one.module, lean=True).pieces for one in (original, small))
+    else:
+        read, rows = pairs(original, sources, texts)
+        reference, candidate = (
+            after(forward(one.module, lean=True, source=original.facts.source), read)
+            for one in (original, small)
+        )
     return measure_loss(
-        forward(original.module, lean=True).pieces,
-        forward(small.module, lean=True).pieces,
-        _windows(original, texts),
+        reference,
+        candidate,
+        rows,
         bytes=size(small.module),
         float_bytes=size(original.module),
-        texts="built-in" if texts is None else "given",
+        texts="built-in" if texts is None and sources is None else "given",
         layer_errors=layer_errors,
         progress=progress,
     )
