@@ -328,15 +328,24 @@ def _state_tensor(
 
 
 def _honours_mask(decoder: Decoder, device: torch.device) -> bool:
-    """See whether padding between past and new tokens leaves a row's logits alone."""
+    """See whether padding between past and new tokens leaves a row's logits alone, up to rounding."""
     ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=device) % decoder.signature.vocab_size
-    text = decoder.start(ids)[0][0, -3:]
+    text = decoder.start(ids)[0][0, -3:].float()
+
+    def behind(past: Tensor, mask: Tensor, where: Tensor) -> Tensor:
+        before = decoder.fresh(1, device)
+        _, present = decoder(past, mask, where, before)
+        state = decoder.follow(before, present)
+        mask = torch.cat([mask, torch.ones_like(ids[:, :3])], dim=1)
+        new = torch.tensor([[3, 4, 5]], device=device)
+        logits, _ = decoder(ids[:, 3:], mask, new, state)
+        return logits[0].float()
+
+    places = torch.tensor([[0, 1, 2, 2, 2]], device=device)
     mask = torch.tensor([[1, 1, 1, 0, 0]], device=device)
-    where = torch.tensor([[0, 1, 2, 2, 2]], device=device)
-    padded = torch.cat([ids[:, :3], ids[:, :2]], dim=1)
-    before = decoder.fresh(1, device)
-    _, present = decoder(padded, mask, where, before)
-    state = decoder.follow(before, present)
-    mask = torch.cat([mask, torch.ones_like(ids[:, :3])], dim=1)
-    after, _ = decoder(ids[:, 3:], mask, where[:, :3] + 3, state)
-    return torch.allclose(after[0].float(), text.float(), atol=1e-3, rtol=1e-3)
+    padded = behind(torch.cat([ids[:, :3], ids[:, :2]], dim=1), mask, places)
+    # What reading in two calls does to the row without any padding is not the mask's doing: in a model with large
+    # activations it can be more than the usual limit.
+    rounding = (behind(ids[:, :3], mask[:, :3], places[:, :3]) - text).abs().max()
+    limit = 1e-3 + 1e-3 * text.abs() + 4 * rounding
+    return bool(((padded - text).abs() <= limit).all())
