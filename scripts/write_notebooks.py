@@ -36,6 +36,8 @@ def run(path: Path, folder: Path, *, timeout_s: int = 1800) -> nbformat.Notebook
             cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
             for output in cell.outputs:
                 output.get("metadata", {}).clear()
+                if "text/html" in output.get("data", {}):
+                    output["data"].pop("text/plain", None)  # the same once more, with folders of this machine
     notebook.metadata["lmopt_source_sha256"] = source_hash(path)
     return notebook
 
