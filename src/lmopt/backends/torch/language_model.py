@@ -338,7 +338,7 @@ def _honours_mask(decoder: Decoder, device: torch.device) -> bool:
         state = decoder.follow(before, present)
         mask = torch.cat([mask, torch.ones_like(ids[:, :3])], dim=1)
         new = torch.tensor([[3, 4, 5]], device=device)
-        logits, _ = decoder(ids[:, 3:], mask, new, state)
+        logits: Tensor = decoder(ids[:, 3:], mask, new, state)[0]
         return logits[0].float()
 
     places = torch.tensor([[0, 1, 2, 2, 2]], device=device)

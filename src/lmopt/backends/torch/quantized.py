@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from lmopt.backends.torch.lowering import dialect
@@ -210,6 +211,9 @@ class _Kept:
 
     def of(self, part: Quantized) -> Tensor:
         stored = [getattr(part, name) for name in STORED]
+        if any(isinstance(one, FakeTensor) for one in stored):
+            # A trace; T5 asks a linear for the type of its weight there.
+            return self._make(part)
         made_of = tuple((one.data_ptr(), one._version, one.device) for one in stored if one is not None)
         if self._made is None or self._made_of != made_of:
             self._made, self._made_of = self._make(part), made_of
