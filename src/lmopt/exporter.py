@@ -19,7 +19,7 @@ from lmopt.gate import check_dtype, gate_rows, verify
 from lmopt.model import Model
 from lmopt.model_card import model_card
 from lmopt.registry import exporters
-from lmopt.speech import PREPROCESSOR, LogMel
+from lmopt.speech import write_preprocessor
 
 Progress = Callable[[str, int, int], None]
 
@@ -195,9 +195,7 @@ def _write_companions(model: Model, folder: Path) -> None:
         _write_json(folder / "generation_config.json", model.generation_config)
     if model.tokenizer is not None and not (folder / "tokenizer.json").exists():
         model.tokenizer.save(folder)
-    source = model.facts.source
-    if model.config.get("model_type") == "whisper" and source is not None and source.length:
-        _write_json(folder / PREPROCESSOR, LogMel(source.size, source.length).describe())
+    write_preprocessor(folder, model.config, model.facts.source)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from lmopt.generation.history import History
 from lmopt.generation.interruption import Interruption
 from lmopt.generation.results import FinishReason, Generation
 from lmopt.generation.rows import Row
-from lmopt.generation.sampling import check_best, largest, log_normalizer
+from lmopt.generation.sampling import check_best, largest, log_probabilities
 from lmopt.generation.sources import begin
 from lmopt.generation.stopping import Detokenizer
 from lmopt.types import FloatArray, IntArray
@@ -216,14 +216,16 @@ def beam_search(
     repeats = np.repeat(np.arange(len(active)), beams)
     logits, state = logits[repeats], engine.select(state, repeats)
     while True:
-        logprobs = np.stack([line - np.float32(log_normalizer(line)) for line in logits[:, -1]])
+        logprobs = log_probabilities(logits[:, -1])
         parents = []
         for number, search in enumerate(active):
             mine = slice(number * beams, (number + 1) * beams)
             part = logprobs[mine]
-            scores = part.copy() if processors else part
+            scores = part
             if companion is not None:
-                scores = companion.add(scores, mine)
+                scores = companion.add(part, mine)
+            elif processors:
+                scores = part.copy()
             if processors:
                 for line, history in zip(scores, search.histories(), strict=True):
                     for processor in processors:

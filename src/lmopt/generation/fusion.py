@@ -12,7 +12,7 @@ import numpy as np
 from lmopt.contracts import Engine
 from lmopt.errors import ContextLengthError, UnsupportedOptionError, VocabularyMismatchError
 from lmopt.generation.cohorts import for_unequal_rows
-from lmopt.generation.sampling import log_normalizer
+from lmopt.generation.sampling import log_probabilities
 from lmopt.types import FloatArray, IntArray
 
 
@@ -91,6 +91,4 @@ class Companion:
     def _read(self, tokens: IntArray) -> None:
         lengths = np.ones(len(tokens), np.int64)
         logits, self._state = self._engine.forward(tokens, lengths, self._state, last_only=True)
-        self._logprobs: FloatArray = np.stack(
-            [line - np.float32(log_normalizer(line)) for line in logits[:, -1]]
-        )
+        self._logprobs = log_probabilities(logits[:, -1])

@@ -125,6 +125,12 @@ def log_normalizer(scores: FloatArray) -> float:
     return float(best) + math.log(float(np.exp(scores - best).sum()))
 
 
+def log_probabilities(logits: FloatArray) -> FloatArray:
+    """Log-softmax of each row of `(rows, vocab_size)` logits, a row at a time so that none depends on another."""
+    found: FloatArray = np.stack([line - np.float32(log_normalizer(line)) for line in logits])
+    return found
+
+
 def largest(values: FloatArray, count: int) -> IntArray:
     """Positions of the `count` largest of `(n,)` values, best first, the lower position among equals."""
     count = min(count, values.size)

@@ -1,8 +1,7 @@
 """Sound into what a speech model reads, without torch: files, log-mel features, and the tokens that ask for a task."""
 
 from lmopt.speech.audio import read_audio as read_audio
+from lmopt.speech.features import PREPROCESSOR as PREPROCESSOR
 from lmopt.speech.features import LogMel as LogMel
+from lmopt.speech.features import write_preprocessor as write_preprocessor
 from lmopt.speech.task import SpeechTask as SpeechTask
-
-PREPROCESSOR = "preprocessor_config.json"
-"""File in which transformers looks for how sound becomes features."""

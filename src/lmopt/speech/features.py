@@ -1,15 +1,21 @@
 """Log-mel features as Whisper reads them (Radford et al., arXiv:2212.04356), in NumPy."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmopt.errors import ContextLengthError, DtypeError, ShapeError
 from lmopt.speech.cutting import cut
-from lmopt.types import FloatArray
+from lmopt.types import FloatArray, SourceFacts
+
+PREPROCESSOR: Final = "preprocessor_config.json"
+"""File in which transformers looks for how sound becomes features."""
 
 _WINDOW = 400
 _HOP = 160
@@ -118,6 +124,19 @@ class LogMel:
         triangles = np.maximum(0.0, np.minimum(rising, falling))
         area: NDArray[np.float64] = triangles * (2.0 / (edges[2:] - edges[:-2]))
         return area
+
+
+def write_preprocessor(folder: Path, config: Mapping[str, Any], source: SourceFacts | None) -> None:
+    """Say beside a Whisper model how sound becomes features; nothing is written for other models.
+
+    Args:
+        folder: Folder of the model.
+        config: Content of its `config.json`.
+        source: What its encoder reads.
+    """
+    if config.get("model_type") == "whisper" and source is not None and source.length:
+        described = json.dumps(LogMel(source.size, source.length).describe(), indent=2, sort_keys=True)
+        (folder / PREPROCESSOR).write_text(described + "\n", encoding="utf-8")
 
 
 def _checked(samples: NDArray[np.floating]) -> NDArray[np.floating]:

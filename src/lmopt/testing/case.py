@@ -115,13 +115,14 @@ class Case:
         try:
             yield self.shared[0]
         except BaseException:
-            self.close()
+            close_shared(self.shared)
             raise
 
-    def close(self) -> None:
-        """Close the engine that the checks have shared, if there is one."""
-        while self.shared:
-            self.shared.pop().close()
+
+def close_shared(shared: list[Engine]) -> None:
+    """Close the engine that the checks of a case have shared, if one is open."""
+    while shared:
+        shared.pop().close()
 
 
 def draw_source(facts: ModelFacts, length: int, *, seed: int) -> AnyArray:

@@ -20,7 +20,15 @@ from lmopt.contracts import Engine, ExportRequest
 from lmopt.errors import PluginError, UnsupportedError, UnsupportedPrecisionError
 from lmopt.registry import exporters
 from lmopt.testing import models, seq2seq
-from lmopt.testing.case import SOURCE_LENGTH, SOURCE_SEED, Case, Reference, Subject, draw_source
+from lmopt.testing.case import (
+    SOURCE_LENGTH,
+    SOURCE_SEED,
+    Case,
+    Reference,
+    Subject,
+    close_shared,
+    draw_source,
+)
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts, SourceFacts
 
 if TYPE_CHECKING:
@@ -184,8 +192,7 @@ class Workshop:
 
 def _close(engines: list[list[Engine]], folder: tempfile.TemporaryDirectory[str]) -> None:
     for shared in engines:
-        while shared:
-            shared.pop().close()
+        close_shared(shared)
     folder.cleanup()
 
 

@@ -29,7 +29,7 @@ from lmopt.backends.torch.quantizing import METHOD, describe, stored_bytes
 from lmopt.backends.torch.resizing import apply_structure, stated_widths, structure_of
 from lmopt.backends.torch.trust import CONFIG, WEIGHTS
 from lmopt.errors import ArtifactNotFoundError, CorruptArtifactError, UnsupportedOptionError
-from lmopt.speech import PREPROCESSOR, LogMel
+from lmopt.speech import write_preprocessor
 
 FORMAT: Final = "safetensors"
 QUANTIZATION_FORMATS: Final = (METHOD, COMPRESSED_TENSORS)
@@ -136,10 +136,7 @@ def save(
         draft.manifest["formats"] = {FORMAT: write_weights(loaded.module, draft.path, written)}
         if loaded.tokenizer is not None:
             loaded.tokenizer.save(draft.path)
-        heard = loaded.facts.source
-        if loaded.config.get("model_type") == "whisper" and heard is not None and heard.length:
-            described = json.dumps(LogMel(heard.size, heard.length).describe(), indent=2)
-            (draft.path / PREPROCESSOR).write_text(described + "\n", encoding="utf-8")
+        write_preprocessor(draft.path, loaded.config, loaded.facts.source)
         draft.manifest["model"] = asdict(loaded.facts)
         if recipe:
             draft.manifest["recipe"] = {"steps": list(recipe)}
