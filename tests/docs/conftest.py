@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -80,14 +79,23 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+@pytest.fixture(scope="session")
+def kept_exports() -> dict[str, tuple[Path, Any]]:
+    """What was traced and translated, by what it was made of."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def exported_once(
+    kept_exports: dict[str, tuple[Path, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Trace and translate equal models once: most pages export the same one, and these are not the tests of that."""
     from lmopt.backends.torch import export_onnx
     from lmopt.backends.torch.saving import fingerprint
 
-    kept: dict[str, tuple[Path, Any]] = {}
-    write = export_onnx.export_onnx
+    kept, write = kept_exports, export_onnx.export_onnx
 
     def remembered(request: ExportRequest) -> Any:
         rows = [row.tolist() for row in request.rows]
@@ -100,9 +108,7 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         shutil.copytree(folder, request.folder, dirs_exist_ok=True)
         return deepcopy(record)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_onnx, "export_onnx", remembered)
-        yield
+    monkeypatch.setattr(export_onnx, "export_onnx", remembered)
 
 
 @pytest.fixture(scope="session")

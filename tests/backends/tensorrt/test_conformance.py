@@ -5,6 +5,7 @@ import unittest
 import pytest
 
 from lmopt.testing import ENGINE_CHECKS, SPEC_CHECKS
+from lmopt.testing.case import close_shared
 from lmopt.testing.checks import check_name
 from lmopt.testing.workshop import Workshop
 
@@ -19,6 +20,15 @@ def run(check, *arguments) -> None:
         pytest.skip(str(reason))
 
 
+def run_case(check, workshop: Workshop, model: str, dtype: str) -> None:
+    """Run a check, and close its engine while the GPU that it opened on is still there."""
+    case = workshop.case("tensorrt", model, "onnx", "cuda", dtype)()
+    try:
+        run(check, case)
+    finally:
+        close_shared(case.shared)
+
+
 @pytest.mark.parametrize("check", SPEC_CHECKS, ids=check_name)
 def test_the_spec(gpu, check) -> None:
     run(check, "tensorrt")
@@ -27,8 +37,7 @@ def test_the_spec(gpu, check) -> None:
 @pytest.mark.parametrize("check", ENGINE_CHECKS, ids=check_name)
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_on_a_fake_gpu(gpu, workshop: Workshop, check, case) -> None:
-    model, dtype = case
-    run(check, workshop.case("tensorrt", model, "onnx", "cuda", dtype)())
+    run_case(check, workshop, *case)
     assert not gpu.runtime.capturing
     assert not any(gpu.runtime.streams.values()), "work was left on a stream"
 
@@ -37,5 +46,4 @@ def test_on_a_fake_gpu(gpu, workshop: Workshop, check, case) -> None:
 @pytest.mark.parametrize("check", ENGINE_CHECKS, ids=check_name)
 @pytest.mark.parametrize("case", REAL, ids="-".join)
 def test_on_a_gpu(workshop: Workshop, check, case) -> None:
-    model, dtype = case
-    run(check, workshop.case("tensorrt", model, "onnx", "cuda", dtype)())
+    run_case(check, workshop, *case)
