@@ -34,7 +34,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "genai": (GENAI,),
     "openvino": ("openvino-genai==2026.4.1.0",),
     "llamacpp": (LLAMA_CPP,),
-    "ctranslate2": (CTRANSLATE2,),
+    "ctranslate2": (CTRANSLATE2, "faster-whisper==1.2.1"),
     # Only converts; it may have another transformers than lmopt's own environment.
     "convert": (
         "optimum-intel[openvino]==2.2.0",
@@ -191,10 +191,15 @@ class Maker:
 
     def ctranslate2(self) -> None:
         """Run CTranslate2's own converter."""
-        command = (self.python("convert"), "-m", "ctranslate2.converters.transformers")
+        command = (self.python("convert"), "-m", "ctranslate2.converters.transformers", "--model", self.model)
+        # Read by faster-whisper.
+        beside = [
+            one for one in ("tokenizer.json", "preprocessor_config.json") if (self.model / one).exists()
+        ]
+        words = ("--copy_files", *beside) if beside else ()
         self.model_of(
             "ctranslate2-fp32",
-            lambda out: self.run("ctranslate2-fp32", *command, "--model", self.model, "--output_dir", out),
+            lambda out: self.run("ctranslate2-fp32", *command, *words, "--output_dir", out),
         )
 
     def gguf(self, name: str) -> None:

@@ -11,12 +11,17 @@ standard library, NumPy (which every peer needs itself) and the peer, nothing el
   work (prompt as ids in Python) to when the token's id is in Python
 - `{"do": "logits", "ids": [...], "file": PATH}`: logits after each id of one row, `(sequence, vocab)`
   float32, written by `numpy.save`.
+- `{"do": "transcribe", "files": [PATH, ...], "num_beams": N}`: write down what is said, one clip after the other.
+  -> `texts` and `file_s`, the seconds that each took
+- `{"do": "translate", "sources": [[id, ...], ...], "new_tokens": N, "num_beams": N}`: exactly so many tokens a source,
+  all sources in one batch. -> `tokens`
 - `{"do": "close"}`
 
 Each reply has `seconds`, the time that the order took inside this process; a reply with `problem` says
 why there is nothing else. What the peer prints goes to stderr.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -48,7 +53,23 @@ class Adapter(Protocol):
         ...
 
 
-def serve(adapter: Adapter) -> None:
+class SpeechAdapter(Protocol):
+    """One peer that recognises speech; `imports` and `load` are those of `Adapter`."""
+
+    def transcribe(self, file: str, num_beams: int) -> str:
+        """Write down what is said in a WAV file."""
+        ...
+
+
+class TranslationAdapter(Protocol):
+    """One peer that translates; `imports` and `load` are those of `Adapter`."""
+
+    def translate(self, sources: list[list[int]], new_tokens: int, num_beams: int) -> list[list[int]]:
+        """Give `new_tokens` tokens a source, without those that decoders begin with."""
+        ...
+
+
+def serve(adapter: Any) -> None:
     """Obey orders until there are none."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print
@@ -67,7 +88,7 @@ def serve(adapter: Adapter) -> None:
     os._exit(0)  # some engines hang or crash when the interpreter takes them down
 
 
-def _obey(adapter: Adapter, order: dict[str, Any]) -> dict[str, Any]:
+def _obey(adapter: Any, order: dict[str, Any]) -> dict[str, Any]:
     match order["do"]:
         case "import":
             return {"versions": adapter.imports()}
@@ -81,6 +102,14 @@ def _obey(adapter: Adapter, order: dict[str, Any]) -> dict[str, Any]:
 
             np.save(order["file"], np.asarray(adapter.logits(order["ids"]), np.float32))
             return {}
+        case "transcribe":
+            texts, stamps = [], [time.perf_counter()]
+            for file in order["files"]:
+                texts.append(adapter.transcribe(file, order["num_beams"]))
+                stamps.append(time.perf_counter())
+            return {"texts": texts, "file_s": [b - a for a, b in itertools.pairwise(stamps)]}
+        case "translate":
+            return {"tokens": adapter.translate(order["sources"], order["new_tokens"], order["num_beams"])}
     raise ValueError(f"no order is called {order['do']!r}")
 
 

@@ -5,10 +5,11 @@ outputs become the next call's past, where padding goes, how rows are kept or re
 here once, on NumPy arrays, for the built-in engines and for strangers.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -130,12 +131,23 @@ class ArrayState:
         mask: `(batch, past)` int64, 1 where a slot of the past holds a token of the row.
         lengths: `(batch,)` int64, tokens that each row has read.
         padding_side: Where padding is laid when rows are unequal.
+        sources: `(batch,)` int64, a number of each row's source (`number_sources`), equal where rows hold the same
+            of it; `None` where there is none, or nobody kept count.
     """
 
     tensors: dict[str, Any]
     mask: IntArray
     lengths: IntArray
     padding_side: PaddingSide = "right"
+    sources: IntArray | None = None
+
+
+_numbers = itertools.count()
+
+
+def number_sources(batch: int) -> IntArray:
+    """Give each of some sources that were just read a number that no other has: `(batch,)` int64."""
+    return np.array([next(_numbers) for _ in range(batch)], np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +174,10 @@ class Step:
             logits: `(batch, sequence, vocab_size)`, as laid out in `feeds`.
             last_only: Keep only what follows each row's last new token.
         """
-        rows = np.arange(len(self.new))
         width = logits.shape[1]
+        if width == 1:
+            return logits
+        rows = np.arange(len(self.new))
         shift = width - self.new if self.padding_side == "left" else np.zeros_like(self.new)
         if last_only:
             last: FloatArray = logits[rows, shift + self.new - 1][:, None]
@@ -261,9 +275,26 @@ class Signature:
         rows = np.asarray(rows, np.int64)
         tensors = {
             one.past.name: np.take(state.tensors[one.past.name], rows, axis=one.batch_axis)
-            for one in self.state
+            for one in self.moving(state, rows)
         }
-        return ArrayState(tensors, state.mask[rows], state.lengths[rows], state.padding_side)
+        return self.selected(state, rows, tensors)
+
+    def moving(self, state: ArrayState, rows: IntArray) -> tuple[StateTensor, ...]:
+        """List the tensors that change where rows are selected.
+
+        Beams of one source change places all the time, and what they hold of it, most of their state, is the same.
+        """
+        sources = state.sources
+        if sources is None or not np.array_equal(sources[rows], sources):
+            return self.state
+        return tuple(one for one in self.state if one.present)
+
+    def selected(self, state: ArrayState, rows: IntArray, tensors: Mapping[str, Any]) -> ArrayState:
+        """Give the state of selected rows, where `tensors` has what has moved."""
+        sources = None if state.sources is None else state.sources[rows]
+        return ArrayState(
+            state.tensors | dict(tensors), state.mask[rows], state.lengths[rows], state.padding_side, sources
+        )
 
     @property
     def changing(self) -> tuple[StateTensor, ...]:
@@ -326,7 +357,7 @@ class Signature:
             ]
             for one in self.state
         }
-        return ArrayState(tensors, mask, kept, state.padding_side)
+        return replace(state, tensors=tensors, mask=mask, lengths=kept)
 
     def pads(self, states: Sequence[ArrayState]) -> list[int]:
         """Say how many slots each state's past lacks to share a batch with the longest.
@@ -362,7 +393,13 @@ class Signature:
             tensors[one.past.name] = np.concatenate(parts, axis=one.batch_axis)
         mask = np.concatenate([_pad_left(one.mask, 1, pad) for one, pad in zip(states, pads, strict=True)])
         lengths = np.concatenate([one.lengths for one in states])
-        return ArrayState(tensors, mask, lengths, states[0].padding_side)
+        return ArrayState(tensors, mask, lengths, states[0].padding_side, joined_sources(states))
+
+
+def joined_sources(states: Sequence[ArrayState]) -> IntArray | None:
+    """Give the numbers of the sources of several states' rows, if all have them."""
+    numbers = [one.sources for one in states if one.sources is not None]
+    return np.concatenate(numbers) if len(numbers) == len(states) else None
 
 
 def _pad_left(array: AnyArray, axis: int, pad: int) -> AnyArray:

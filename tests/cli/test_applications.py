@@ -1,5 +1,6 @@
 """`lmopt translate` and `lmopt transcribe` on tiny models."""
 
+import json
 import wave
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,36 @@ def test_transcribe(tmp_path: Path, call: Any) -> None:
     done = call("translate", folder, "w5")
     assert done.status == 2
     assert "no encoder that reads text" in done.stderr
+
+
+def test_pairs_are_judged_before_and_after_compression(tmp_path: Path, call: Any) -> None:
+    folder = saved(tiny_t5(), tmp_path / "t5")
+    pairs = tmp_path / "pairs.jsonl"
+    with lmopt.Runtime(folder) as rt:
+        texts = ["w5 w6 w7", "w8 w9"]
+        right = rt.translate(texts)
+    lines = [json.dumps({"source": a, "text": b}) for a, b in zip(texts, right, strict=True)]
+    pairs.write_text("\n".join(lines))
+    done = call("eval", folder, "--pairs", pairs, "--json")
+    assert done.status == 0, done.stderr
+    assert done.data["metrics"]["chrf"] == 100
+    asked = (
+        "compress",
+        folder,
+        tmp_path / "out",
+        "--recipe",
+        "rtn",
+        "--set",
+        "bits=3",
+        "--set",
+        "group_size=8",
+    )
+    done = call(*asked, "--pairs", pairs, "--json")
+    assert done.status == 0, done.stderr
+    written = done.data["written"]
+    assert written["before"]["texts"] == right
+    assert written["before"]["metrics"]["chrf"] == 100
+    with lmopt.Runtime(tmp_path / "out") as rt:
+        assert written["after"]["texts"] == rt.translate(texts)
+    done = call("eval", folder, "--pairs", pairs, "--text", pairs)
+    assert done.status == 2

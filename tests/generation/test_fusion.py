@@ -127,5 +127,5 @@ def test_a_language_model_chooses_by_the_sum() -> None:
     assert ordered[1][0].text == "word"
     assert lm.asked == [[7, 4], [7, 3], [7, 4]]
     assert rescored(found, lm, weight=0.0, word_bonus=0.0, length_penalty=1.0)[0][0].text == "four"
-    with pytest.raises(UnsupportedOptionError, match="lm_weight=-1"):
+    with pytest.raises(UnsupportedOptionError, match=r"^weight=-1"):
         rescored(found, lm, weight=-1, word_bonus=0.0, length_penalty=1.0)

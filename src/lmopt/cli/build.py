@@ -59,11 +59,13 @@ def build(
     options: dict[str, Any] = {"flavour": flavour, **assignments(option, "--option")}
     with out.progress() as tell:
         rows = work(folder, options, targets=compute_capability or (), check=check, output=output, tell=tell)
-    header = ("compute capability", "compiler", "types", "size", "seconds", "from")
-    out.table(header, [_cells(row) for row in rows], left=3)
+    header = ("graph", "compute capability", "compiler", "types", "size", "seconds", "from")
+    out.table(header, [_cells(row) for row in rows], left=4)
     for row in rows:
         for warning in row.get("warnings", ()):
             out.note(warning)
+    if len({row["graph"] for row in rows}) > 1:
+        out.note("lmopt compiles encoder-decoders for TensorRT; it does not run them there yet.")
     if check:
         out.text("The graph can be read, and every target has its types. Nothing was compiled.")
     out.result({"engines": rows, "checked_only": check})
@@ -76,4 +78,10 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         if "bytes" in row
         else ("-", "-", "-")
     )
-    return (", ".join(row["targets"]) or "default", f"{row['flavour']} {row['version']}", types, *compiled)
+    return (
+        row["graph"],
+        ", ".join(row["targets"]) or "default",
+        f"{row['flavour']} {row['version']}",
+        types,
+        *compiled,
+    )

@@ -10,6 +10,7 @@ import typer
 from lmopt.cli.opening import open_model, open_runtime
 from lmopt.cli.options import OutFolder, Overwrite, Source, Trust, WeightsDtype, assignments
 from lmopt.cli.output import Output, size
+from lmopt.cli.references import judged
 
 if TYPE_CHECKING:
     from lmopt.compression.calibration import Calibration
@@ -60,6 +61,16 @@ def compress(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens of --text to measure on.")] = 8192,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help='Of an encoder-decoder: measure the loss on lines of {"source": TEXT, "text": "..."} or '
+            '{"audio": PATH, "text": "..."}, and the errors of what both models write.',
+            show_default=False,
+        ),
+    ] = None,
     tolerance: Annotated[
         str | None,
         typer.Option(help="Refuse a loss beyond this row of lmopt's table: int8, int4.", show_default=False),
@@ -103,18 +114,24 @@ def compress(
     from lmopt.compressor import Compressor, LossWarning
     from lmopt.evaluation import PeakMemory
 
+    if pairs is not None and text is not None:
+        raise typer.BadParameter("give a text or pairs, not both", param_hint="--pairs")
     steps = _steps(recipe, assignments(set_, "--set"))
     compressor = Compressor(steps, tolerance=_limits(tolerance, max_kl, max_perplexity_ratio))
     began = time.perf_counter()
     with PeakMemory() as memory:
         model = open_model(out, source, dtype=dtype, trust=trust)
         texts = None if text is None else [_head(model, text, tokens)]
+        sources = None
+        if pairs is not None:
+            sources, texts = _read(model, pairs)
         with out.progress() as tell, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", LossWarning)
             small = compressor.compress(
                 model,
                 calibration=_calibration(calibration, self_calibrate, rows, row_tokens, seed),
                 texts=texts,
+                sources=sources,
                 progress=tell,
             )
         artifact = small.save_pretrained(
@@ -130,6 +147,7 @@ def compress(
         f"{artifact.path}: {size(sum(one.stat().st_size for one in artifact.path.iterdir()))}; "
         f"{seconds:.0f} s in all, peak memory {size(memory.peak_bytes)}"
     )
+    written = {} if pairs is None else _written(out, model, small, pairs)
     measured = {} if speed is None else _speeds(out, model, small, speed)
     out.note(f'Next: lmopt run {folder} --backend onnxruntime "The capital of France is"')
     out.result(
@@ -139,6 +157,7 @@ def compress(
             "loss": report.to_dict(),
             "seconds": seconds,
             "peak_memory_bytes": memory.peak_bytes,
+            "written": written,
             "speed": measured,
         }
     )
@@ -232,6 +251,26 @@ def _head(model: "Model", path: Path, tokens: int) -> str:
     return model.tokenizer.decode(
         model.tokenizer.encode(words[: 16 * tokens])[:tokens], skip_special_tokens=True
     )
+
+
+def _read(model: "Model", path: Path) -> tuple[list[Any], list[str]]:
+    """Give sources as the model's encoder takes them, and what is right."""
+    from lmopt.errors import UnsupportedError
+    from lmopt.interop.references import read_pairs
+
+    if model.facts.source is None:
+        raise UnsupportedError(f"{model.source} has no encoder, so there are no pairs for it; give --text")
+    pairs = read_pairs(path)
+    return list(pairs.read(model.facts.source)), list(pairs.texts)
+
+
+def _written(out: Output, model: "Model", small: "Model", path: Path) -> dict[str, Any]:
+    """Judge what the original and the compressed model write."""
+    with (
+        open_runtime(out, model, backend="torch") as before,
+        open_runtime(out, small, backend="torch") as after,
+    ):
+        return judged(out, {"before": before, "after": after}, path)
 
 
 def _speeds(out: Output, model: "Model", small: "Model", engine: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""`lmopt eval`: perplexity of a text, tasks of lm-evaluation-harness, and exposure of secrets."""
+"""`lmopt eval`: perplexity of a text, tasks, exposure of secrets, and translations and transcripts."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from lmopt.cli.canaries import exposures
 from lmopt.cli.opening import open_runtime
 from lmopt.cli.options import Backend, Device, Dtype, Source, Threads, Trust
 from lmopt.cli.output import Output
+from lmopt.cli.references import judged
 from lmopt.cli.tasks import scores
 
 
@@ -35,6 +37,17 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help='Translations or transcripts to hold the model against instead: lines of {"source": TEXT, "text": '
+            '"..."} or {"audio": PATH, "text": "..."}.',
+            show_default=False,
+        ),
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Of pairs: beams of beam search.")] = 1,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Of tasks: use only so many items of each.")
     ] = None,
@@ -61,13 +74,18 @@ def evaluate(
     threads: Threads = None,
     trust: Trust = False,
 ) -> None:
-    """Measure how good a model is: perplexity of a text, scores on tasks, or exposure of memorised secrets."""
-    if sum(one is not None for one in (text, canaries, tasks)) != 1:
-        raise typer.BadParameter("give one of a text, canaries and tasks", param_hint="--text")
+    """Measure how good a model is: perplexity, scores on tasks, exposure of secrets, or errors of what it writes."""
+    if sum(one is not None for one in (text, canaries, tasks, pairs)) != 1:
+        raise typer.BadParameter("give one of a text, canaries, tasks and pairs", param_hint="--text")
     engine = {"backend": backend, "device": device, "dtype": dtype, "threads": threads, "trust": trust}
     if canaries is not None:
         with open_runtime(out, source, **engine) as runtime:
             exposures(out, runtime, canaries)
+        return
+    if pairs is not None:
+        with open_runtime(out, source, **engine) as runtime:
+            found = judged(out, {"value": runtime}, pairs, num_beams=num_beams)
+            out.result({"pairs": pairs, **asdict(found["value"]), "engine": runtime.report().actual})
         return
     if tasks is not None:
         with open_runtime(out, source, **engine) as runtime:

@@ -49,7 +49,7 @@ class Fusion:
         if facts.vocab_size != vocab_size:
             raise VocabularyMismatchError(
                 f"the language model has {facts.vocab_size} tokens, the model {vocab_size}: fusion adds their "
-                "log-probabilities token by token. Let it choose among whole texts instead: lm_method='rescore'"
+                "log-probabilities token by token. Let it choose among whole texts instead: method='rescore'"
             )
         if facts.context_length is not None and new_tokens > facts.context_length:
             raise ContextLengthError(

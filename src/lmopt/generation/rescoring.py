@@ -51,7 +51,7 @@ def rescored(
     """
     if not (0 <= weight < float("inf") and abs(word_bonus) < float("inf")):
         raise UnsupportedOptionError(
-            f"lm_weight={weight!r}, word_bonus={word_bonus!r}; expected finite numbers, the weight at least 0"
+            f"weight={weight!r}, word_bonus={word_bonus!r}; expected finite numbers, the weight at least 0"
         )
     if language_model.tokenizer is None:
         raise UnsupportedOptionError("the language model has no tokenizer: lmopt.Runtime(..., tokenizer=...)")

@@ -127,7 +127,12 @@ def log_normalizer(scores: FloatArray) -> float:
 
 def log_probabilities(logits: FloatArray) -> FloatArray:
     """Log-softmax of each row of `(rows, vocab_size)` logits, a row at a time so that none depends on another."""
-    found: FloatArray = np.stack([line - np.float32(log_normalizer(line)) for line in logits])
+    found: FloatArray = np.empty_like(logits)
+    for line, result in zip(logits, found, strict=True):
+        best = line.max()
+        # The result's own memory holds what is summed, and then the result.
+        total = float(_weights(line, best, out=result).sum())
+        np.subtract(line, np.float32(float(best) + math.log(total)), out=result)
     return found
 
 

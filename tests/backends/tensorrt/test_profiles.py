@@ -6,7 +6,7 @@ from lmopt.backends.tensorrt.building import BuildOptions, compile_network, open
 from lmopt.backends.tensorrt.engine_cache import graph_of
 from lmopt.backends.tensorrt.profiles import Profile, add_profiles, default_profiles
 from lmopt.errors import UnsupportedError, UnsupportedOptionError
-from lmopt.types import ModelFacts, TensorSpec
+from lmopt.types import ModelFacts, SourceFacts, TensorSpec
 
 GROWING = (
     TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),
@@ -28,6 +28,22 @@ def test_the_defaults_follow_the_declared_axes():
         assert one.past == (0, 0, 0)
 
 
+def test_sources_have_a_range_of_their_own():
+    reads = TensorSpec("input_ids", "int64", ("batch_size", "encoder_sequence_length"))
+    holds = TensorSpec("past_key_values.0.encoder.key", "float32", ("batch_size", 2, *reads.shape[1:], 8))
+    facts = ModelFacts(10, source=SourceFacts("ids", 0, 10, 100))
+    limits = {"max_batch": 2, "max_sequence": 8, "max_past": 8}
+    assert default_profiles((reads,), facts, **limits) == (
+        Profile("encode", (1, 1, 2), (1, 1, 1), (0, 0, 0), (1, 50, 100)),
+    )
+    for one in default_profiles((*GROWING, holds), facts, **limits, max_source=6):
+        assert one.shapes(holds) == ((1, 2, 1, 8), (1, 2, 3, 8), (2, 2, 6, 8))
+    unbound = ModelFacts(10, source=SourceFacts("ids", 0, 10))
+    assert default_profiles((reads,), unbound, **limits)[0].source == (1, 256, 512)
+    # Of a decoder without a source nothing of it is said.
+    assert default_profiles(GROWING, facts, **limits)[0].source == (1, 1, 1)
+
+
 def test_what_a_profile_covers():
     one = Profile("p", (1, 2, 4), (1, 8, 16), (0, 0, 32))
     assert one.covers(4, 16, 32)
@@ -47,6 +63,7 @@ def test_what_a_profile_covers():
         {"past": (-1, 0, 1)},
         {"past": (0, 0.5, 1)},
         {"batch": "123"},
+        {"source": (0, 1, 2)},
     ],
 )
 def test_impossible_ranges_are_refused_by_name(bad):
@@ -54,7 +71,7 @@ def test_impossible_ranges_are_refused_by_name(bad):
         Profile(**{"name": "p", "batch": (1, 1, 1), "sequence": (1, 1, 1), "past": (0, 0, 0), **bad})
 
 
-@pytest.mark.parametrize("limit", ["max_batch", "max_sequence", "max_past"])
+@pytest.mark.parametrize("limit", ["max_batch", "max_sequence", "max_past", "max_source"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
 def test_impossible_limits_are_refused(limit, value):
     limits = {"max_batch": 1, "max_sequence": 8, "max_past": 8, limit: value}

@@ -45,28 +45,28 @@ def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngin
         )
     if request.threads is not None and request.threads < 1:
         raise UnsupportedOptionError(f"threads is {request.threads}; expected at least 1")
-    target = request.artifact.manifest["formats"]["onnx"].get("target", "portable")
-    shared = target == "onnxruntime"
-    if shared and request.device != "cpu":
+    record = request.artifact.manifest["formats"]["onnx"]
+    target = record.get("target", "portable")
+    own = target == "onnxruntime"
+    shared = own and "encoder" not in record
+    if own and request.device != "cpu":
         raise UnsupportedError(
             f"graphs of the dialect 'onnxruntime' run on the cpu so far; asked for {request.device}. "
             "Export the model with target='portable' for other devices"
         )
     if deterministic and not shared:
         raise UnsupportedOptionError(
-            f"deterministic=True needs a graph of the dialect 'onnxruntime'; this one is {target!r}. "
+            "deterministic=True is not for encoder-decoders so far; leave it out"
+            if own
+            else f"deterministic=True needs a graph of the dialect 'onnxruntime'; this one is {target!r}. "
             "Export the model with lmopt.Exporter('onnx', target='onnxruntime')"
         )
-    if (
-        kv_cache_dtype == "int8"
-        and request.artifact.manifest["formats"]["onnx"].get("kv_cache_dtype") != "int8"
-    ):
+    if kv_cache_dtype == "int8" and record.get("kv_cache_dtype") != "int8":
         raise UnsupportedOptionError(
             "this artefact keeps keys and values in float; an 8-bit cache is chosen at export, in the dialect "
             "'onnxruntime': lmopt.Exporter('onnx', target='onnxruntime', kv_cache_dtype='int8'), or lmopt export "
             "MODEL OUT --target onnxruntime --option kv_cache_dtype=int8. In eager mode backend 'torch' has one too"
         )
-    record = request.artifact.manifest["formats"]["onnx"]
     narrow = record.get("dtype") == "bfloat16"
     if narrow != widen:
         raise UnsupportedError(

@@ -1,6 +1,7 @@
-"""Run portable graphs, whose state comes back from each call one step longer, or of fixed size."""
+"""Run graphs whose state comes back longer, or of fixed size: portable ones, and decoders after an encoder."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from lmopt.backends.onnxruntime.graph import Graph
 from lmopt.backends.onnxruntime.session import ort
 from lmopt.checking import check_sources, state_begins_with_source
 from lmopt.contracts import EngineReport, PaddingSide
-from lmopt.signature import LOGITS, SOURCE_MASK, ArrayState
+from lmopt.signature import LOGITS, SOURCE_MASK, ArrayState, number_sources
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 
@@ -17,7 +18,7 @@ class GrowingCacheEngine:
     """One exported decoder; its state is kept as values of ONNX Runtime between calls.
 
     Args:
-        graph: Graph of the dialect `"portable"`; closed by this engine.
+        graph: Graph of the dialect `"portable"`, or of a decoder with an encoder; closed by this engine.
         facts: Facts of the model.
         encoder: What runs once for a source, closed by this engine; `None` for models without an encoder.
     """
@@ -67,7 +68,7 @@ class GrowingCacheEngine:
         inputs, mask = check_sources(inputs, lengths, self.facts.source, ragged=self.ragged_sources)
         assert self._encoder is not None
         made = self._encoder.run(inputs, mask)
-        state = self._signature.begin(len(inputs), padding_side)
+        state = replace(self._signature.begin(len(inputs), padding_side), sources=number_sources(len(inputs)))
         state.tensors = {
             name: made[name] if name in made else _to_ort(array) for name, array in state.tensors.items()
         }
@@ -102,9 +103,8 @@ class GrowingCacheEngine:
             one.past.name: value for one, value in zip(self._signature.changing, present, strict=True)
         }
         aligned = step.align(logits.numpy(), last_only=last_only)
-        return aligned.astype(np.float32, copy=False), ArrayState(
-            tensors, step.mask, step.lengths, step.padding_side
-        )
+        after = replace(state, tensors=tensors, mask=step.mask, lengths=step.lengths)
+        return aligned.astype(np.float32, copy=False), after
 
     def _run_on_device(
         self, session: "ort.InferenceSession", feeds: Mapping[str, "ort.OrtValue"]
@@ -124,9 +124,14 @@ class GrowingCacheEngine:
     def select(self, state: ArrayState, rows: IntArray) -> ArrayState:
         """Keep, drop, reorder or repeat rows."""
         self._graph.session()
+        rows = np.asarray(rows, np.int64)
         if np.array_equal(rows, np.arange(len(state.lengths))):
             return state
-        return _with_ort_values(self._signature.select(_with_arrays(state), rows))
+        moved = {
+            one.past.name: _to_ort(np.take(state.tensors[one.past.name].numpy(), rows, axis=one.batch_axis))
+            for one in self._signature.moving(state, rows)
+        }
+        return self._signature.selected(state, rows, moved)
 
     def join(self, states: Sequence[ArrayState]) -> ArrayState:
         """Put the rows of several states into one batch."""
@@ -139,7 +144,7 @@ class GrowingCacheEngine:
         """Let each row forget all but its first tokens."""
         self._graph.session()
         kept, mask, slots = self._signature.forget(state, lengths)
-        after = ArrayState(state.tensors, mask, kept, state.padding_side)
+        after = replace(state, mask=mask, lengths=kept)
         if slots == state.mask.shape[1]:
             return after
         arrays = _with_arrays(after)
@@ -152,7 +157,7 @@ class GrowingCacheEngine:
     def copy(self, state: ArrayState, *, capacity: int | None = None) -> ArrayState:
         """Make an independent copy: calls make new values and leave old ones alone, so both share them."""
         self._graph.session()
-        return ArrayState(dict(state.tensors), state.mask, state.lengths, state.padding_side)
+        return replace(state, tensors=dict(state.tensors))
 
     def report(self) -> EngineReport:
         """Say which provider computes, with how many threads."""
@@ -180,7 +185,7 @@ def _to_ort(array: AnyArray) -> "ort.OrtValue":
 
 def _with_arrays(state: ArrayState) -> ArrayState:
     tensors = {name: value.numpy() for name, value in state.tensors.items()}
-    return ArrayState(tensors, state.mask, state.lengths, state.padding_side)
+    return replace(state, tensors=tensors)
 
 
 def _with_ort_values(state: ArrayState) -> ArrayState:

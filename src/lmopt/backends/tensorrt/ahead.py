@@ -9,7 +9,7 @@ from typing import Any
 from lmopt.accelerators import cuda
 from lmopt.artifact import Artifact
 from lmopt.backends.tensorrt.building import BuildOptions, Plan, check_network, open_network
-from lmopt.backends.tensorrt.engine_cache import engine_folder, graph_of, plan_for, save_plan
+from lmopt.backends.tensorrt.engine_cache import engine_folder, graph_names, graph_of, plan_for, save_plan
 from lmopt.backends.tensorrt.flavour import load
 from lmopt.errors import UnsupportedOptionError
 
@@ -23,7 +23,7 @@ def build_folder(
     output: Path | None = None,
     tell: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Compile the `onnx` format of an artefact into the cache, one engine a target.
+    """Compile the `onnx` format of an artefact into the cache, one engine a target and graph.
 
     Args:
         folder: The artefact.
@@ -34,7 +34,7 @@ def build_folder(
         tell: Called with the stage, the steps done and their total.
 
     Returns:
-        A row for each engine: targets, flavour, version, types, and, where it was compiled, bytes and seconds.
+        A row for each engine: graph, targets, flavour, version, types, and, where it was compiled, bytes and seconds.
 
     Raises:
         UnsupportedOptionError: An option is unknown, or several engines would go to one file.
@@ -45,22 +45,24 @@ def build_folder(
         raise UnsupportedOptionError(
             f"there is no build option {sorted(rest)[0]!r}; there are {', '.join(BuildOptions.__dataclass_fields__)}"
         )
-    if output is not None and (check or len(targets) > 1):
-        raise UnsupportedOptionError(
-            f"output={output} takes one engine; asked for {'a check only' if check else f'{len(targets)} of them'}"
-        )
     artifact = Artifact.open(folder, verify=False)
+    graphs = graph_names(artifact)
     wanted = [replace(chosen, compute_capabilities=(one,)) for one in targets] or [chosen]
+    engines = [(graph, one) for one in wanted for graph in graphs]
+    if output is not None and (check or len(engines) > 1):
+        raise UnsupportedOptionError(
+            f"output={output} takes one engine; asked for {'a check only' if check else f'{len(engines)} of them'}"
+        )
     if check:
-        return _check(artifact, wanted)
+        return [row for graph in graphs for row in _check(artifact, graph, wanted)]
     rows = []
-    for place, one in enumerate(wanted):
+    for place, (graph, one) in enumerate(engines):
         name = ", ".join(one.compute_capabilities) or "default targets"
         if tell is not None:
-            tell(f"compile for {name}", place, len(wanted))
+            tell(f"compile {graph} for {name}", place, len(engines))
         began = time.perf_counter()
-        plan = plan_for(artifact, one, facts=artifact.facts, device=_device(one))
-        rows.append({**_row(plan), "seconds": time.perf_counter() - began})
+        plan = plan_for(artifact, one, facts=artifact.facts, device=_device(one), file=graph)
+        rows.append({"graph": graph, **_row(plan), "seconds": time.perf_counter() - began})
         if output is not None:
             save_plan(plan, output)
     return rows
@@ -71,14 +73,15 @@ def cache_path() -> Path:
     return engine_folder().path
 
 
-def _check(artifact: Artifact, wanted: Sequence[BuildOptions]) -> list[dict[str, Any]]:
+def _check(artifact: Artifact, graph: str, wanted: Sequence[BuildOptions]) -> list[dict[str, Any]]:
     rows = []
     best = wanted[0].best_logits
-    with open_network(graph_of(artifact), wanted[0].flavour, best_logits=best) as (network, prepared):
+    with open_network(graph_of(artifact, graph), wanted[0].flavour, best_logits=best) as (network, prepared):
         for one in wanted:
             types = check_network(network, prepared, one)
             rows.append(
                 {
+                    "graph": graph,
                     "targets": list(one.compute_capabilities),
                     "flavour": network.flavour.name,
                     "version": network.flavour.version,

@@ -39,6 +39,7 @@ class BuildOptions:
         max_batch: Most rows of a call, for the default profiles.
         max_sequence: Most new tokens of a call, likewise; longer prompts are read in pieces.
         max_past: Most slots of the past, likewise; `None`: the model's context, at most 4096.
+        max_source: Most positions of an encoder-decoder's source, likewise; `None`: what it takes, at most 512.
         profiles: Profiles in place of the default ones.
 
     Raises:
@@ -56,6 +57,7 @@ class BuildOptions:
     max_batch: int = 4
     max_sequence: int = 512
     max_past: int | None = None
+    max_source: int | None = None
     profiles: tuple[Profile, ...] = ()
 
     def __post_init__(self) -> None:
@@ -207,6 +209,7 @@ def compile_network(
         max_batch=options.max_batch,
         max_sequence=options.max_sequence,
         max_past=options.max_past,
+        max_source=options.max_source,
     )
     config = _config(network, options)
     add_profiles(network.builder, config, prepared.inputs, tuple(network.inputs()), profiles)

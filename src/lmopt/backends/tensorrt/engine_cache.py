@@ -40,8 +40,9 @@ def plan_for(
     facts: ModelFacts,
     device: Mapping[str, Any] | None = None,
     again: bool = False,
+    file: str = GRAPH,
 ) -> Plan:
-    """Give the plan of an artefact's `onnx` format: out of the cache, or built and put there.
+    """Give the plan of a graph of an artefact's `onnx` format: out of the cache, or built and put there.
 
     Processes that ask for one plan at once share one build. An entry that is damaged, or that this user's key
     has not sealed, is never loaded: it is built again, with one warning.
@@ -53,6 +54,7 @@ def plan_for(
         device: What a plan depends on of the GPU that will run it: `name`, `compute_capability` (`"8.9"`),
             `multiprocessors`, `memory_bytes`, `driver`, `runtime`. `None` where there is none: then only RTX builds.
         again: Whether to remove what the cache has and build anew: TensorRT has refused it.
+        file: Which graph, of an artefact that has several.
 
     Raises:
         UnsupportedError: The artefact is in another dialect, or the flavour needs a GPU for building.
@@ -68,7 +70,7 @@ def plan_for(
         )
     if flavour.has_targets and device is not None and not options.compute_capabilities:
         options = replace(options, compute_capabilities=(str(device["compute_capability"]),))
-    model = graph_of(artifact)
+    model = graph_of(artifact, file)
     key = plan_key(model, options, flavour, facts=facts, device=device)
     name = hashlib.sha256(canonical(key, "the engine's key")).hexdigest()
     folder = engine_folder()
@@ -94,8 +96,14 @@ def engine_folder() -> SealedFolder:
     return SealedFolder(cache_folder() / "engines")
 
 
-def graph_of(artifact: ArtifactView) -> Path:
-    """Give the verified graph of an artefact.
+def graph_names(artifact: ArtifactView) -> list[str]:
+    """Name the graphs of an artefact: one, or those of an encoder and its decoder."""
+    written = artifact.manifest["formats"].get("onnx", {})
+    return [written["encoder"], written["decoder"]] if "encoder" in written else [GRAPH]
+
+
+def graph_of(artifact: ArtifactView, file: str = GRAPH) -> Path:
+    """Give a verified graph of an artefact.
 
     Raises:
         ArtifactNotFoundError: The artefact has no `onnx` format.
@@ -116,7 +124,7 @@ def graph_of(artifact: ArtifactView) -> Path:
         )
     for name in written.get("files", ()):
         artifact.file(name)
-    return artifact.file(GRAPH)
+    return artifact.file(file)
 
 
 def plan_key(

@@ -1,4 +1,4 @@
-"""Ranges of a graph's dynamic axes: one profile for reading prompts, one for single tokens.
+"""Ranges of a graph's dynamic axes: one profile for reading prompts, one for single tokens, or one for sources.
 
 TensorRT compiles kernels for the ranges that it is told. It takes ranges of tensors that do not exist, and
 says of impossible ones only that the build failed, so they are checked here first.
@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lmopt.errors import UnsupportedError, UnsupportedOptionError
-from lmopt.types import BATCH, PAST, SEQUENCE, TOTAL, ModelFacts, TensorSpec
+from lmopt.types import BATCH, PAST, SEQUENCE, SOURCE, TOTAL, ModelFacts, TensorSpec
 
 Range = tuple[int, int, int]
+ENCODE: Final = "encode"
 PREFILL: Final = "prefill"
 DECODE: Final = "decode"
 LONGEST: Final = 4096
 """Most slots of the past that the default profiles take; more costs scratch memory and must be asked for."""
+LONGEST_SOURCE: Final = 512
+"""Most positions of a source that the default profiles take where nobody says more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class Profile:
         batch: Rows of one call, at least 1.
         sequence: New tokens of a row, at least 1.
         past: Slots that a row is given; 0 is possible. `(0, 0, 0)` for a state of fixed size.
+        source: Positions of the source of an encoder-decoder, where they vary.
 
     Raises:
         UnsupportedOptionError: A range is not `least <= best <= largest`, or begins too low.
@@ -36,10 +40,11 @@ class Profile:
     batch: Range
     sequence: Range
     past: Range
+    source: Range = (1, 1, 1)
 
     def __post_init__(self) -> None:
         """Check the ranges, and make tuples of lists, which is what JSON has."""
-        for name, least in (("batch", 1), ("sequence", 1), ("past", 0)):
+        for name, least in (("batch", 1), ("sequence", 1), ("past", 0), ("source", 1)):
             given = getattr(self, name)
             whole = (
                 isinstance(given, tuple | list) and len(given) == 3 and all(type(one) is int for one in given)
@@ -60,10 +65,16 @@ class Profile:
         """Give least, best and largest shape of an input.
 
         Raises:
-            UnsupportedError: It has a dynamic axis that no decoder graph has.
+            UnsupportedError: It has a dynamic axis that no graph of lmopt's has.
         """
         total = tuple(new + old for new, old in zip(self.sequence, self.past, strict=True))
-        known = {BATCH: self.batch, SEQUENCE: self.sequence, PAST: self.past, TOTAL: total}
+        known = {
+            BATCH: self.batch,
+            SEQUENCE: self.sequence,
+            PAST: self.past,
+            TOTAL: total,
+            SOURCE: self.source,
+        }
         for axis in spec.shape:
             if isinstance(axis, str) and axis not in known:
                 raise UnsupportedError(
@@ -78,7 +89,7 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """Give it as plain data for a key or a record."""
-        return {one: getattr(self, one) for one in ("name", "batch", "sequence", "past")}
+        return {one: getattr(self, one) for one in ("name", "batch", "sequence", "past", "source")}
 
 
 def default_profiles(
@@ -88,8 +99,9 @@ def default_profiles(
     max_batch: int,
     max_sequence: int,
     max_past: int | None,
+    max_source: int | None = None,
 ) -> tuple[Profile, ...]:
-    """Make the profiles for prompts and for single tokens.
+    """Make the profiles for prompts and for single tokens, or the one of an encoder.
 
     Args:
         inputs: Inputs of the graph; whether the state grows is read off their axes.
@@ -97,14 +109,21 @@ def default_profiles(
         max_batch: Most rows of a call.
         max_sequence: Most new tokens of a call; longer prompts are read in pieces.
         max_past: Most slots of the past; `None`: the context, but at most `LONGEST`.
+        max_source: Most positions of a source; `None`: as many as the model takes, but at most `LONGEST_SOURCE`.
 
     Returns:
-        Prefill and decode, in this order: the engine's profiles 0 and 1.
+        Prefill and decode, in this order: the engine's profiles 0 and 1. One for an encoder.
 
     Raises:
         UnsupportedOptionError: A limit is not a whole number of at least 1.
     """
-    for name, value in (("max_batch", max_batch), ("max_sequence", max_sequence), ("max_past", max_past)):
+    limits = {
+        "max_batch": max_batch,
+        "max_sequence": max_sequence,
+        "max_past": max_past,
+        "max_source": max_source,
+    }
+    for name, value in limits.items():
         if value is not None and (type(value) is not int or value < 1):
             raise UnsupportedOptionError(f"{name} is {value!r}; expected a whole number of at least 1")
     context = facts.context_length
@@ -114,9 +133,16 @@ def default_profiles(
     if grows:
         past = min(context or LONGEST, LONGEST) if max_past is None else max_past
     batch = (1, 1, max_batch)
+    longest = 1
+    if any(SOURCE in one.shape for one in inputs):
+        takes = facts.source.length if facts.source is not None else None
+        longest = max_source or min(takes or LONGEST_SOURCE, LONGEST_SOURCE)
+    source = (1, max(1, longest // 2), longest)
+    if not any(SEQUENCE in one.shape for one in inputs):
+        return (Profile(ENCODE, batch, (1, 1, 1), (0, 0, 0), source),)
     return (
-        Profile(PREFILL, batch, (1, max(1, sequence // 2), sequence), (0, 0, past)),
-        Profile(DECODE, batch, (1, 1, 1), (0, past // 2, past)),
+        Profile(PREFILL, batch, (1, max(1, sequence // 2), sequence), (0, 0, past), source),
+        Profile(DECODE, batch, (1, 1, 1), (0, past // 2, past), source),
     )
 
 

@@ -19,6 +19,8 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+from lmopt.backends.torch.multi_head import attend, is_one_operator
+
 NAME = "lmopt"
 
 # The switch is a field of a shared config: two threads must not flip it under each other.
@@ -135,6 +137,8 @@ def grouped_attention(
     batch, heads, new, head_dim = query.shape
     kv_heads = key.shape[1]
     scaling = head_dim**-0.5 if scaling is None else scaling
+    if softcap is None and s_aux is None and is_one_operator(query, key):
+        return attend(query, key, value, attention_mask, scaling), None
     if softcap is None and s_aux is None and not torch.compiler.is_exporting():
         attended = functional.scaled_dot_product_attention(
             query, key, value, attention_mask, scale=scaling, enable_gqa=kv_heads != heads

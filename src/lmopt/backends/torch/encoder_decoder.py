@@ -82,6 +82,8 @@ class EncoderDecoder(Decoder):
     def try_source(self, batch: int, length: int | None, device: torch.device | str) -> list[Tensor]:
         """Read sources of `length` positions."""
         inputs = sample_inputs(self.source, batch, length or _TRIAL, device)
+        if inputs.is_floating_point():
+            inputs = inputs.to(next(self.module.parameters()).dtype)
         mask = torch.ones(batch, inputs.shape[-1], dtype=torch.int64, device=device)
         return self.encode(inputs, mask)
 

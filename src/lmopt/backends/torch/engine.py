@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -23,7 +24,16 @@ from lmopt.errors import (
     UnsupportedOptionError,
 )
 from lmopt.platform import usable_cpus
-from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, SOURCE_MASK, ArrayState, bytes_per_token
+from lmopt.signature import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    POSITION_IDS,
+    SOURCE_MASK,
+    ArrayState,
+    bytes_per_token,
+    joined_sources,
+    number_sources,
+)
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 if TYPE_CHECKING:
@@ -183,7 +193,8 @@ class TorchEngine:
             state = decoder.encode(given, torch.from_numpy(mask).to(self._device))
         batch = len(inputs)
         tensors = dict(zip(self._names, state, strict=True))
-        return ArrayState(tensors, np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64), padding_side)
+        empty, none = np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64)
+        return ArrayState(tensors, empty, none, padding_side, number_sources(batch))
 
     def encoded(self, state: ArrayState) -> Mapping[str, AnyArray]:
         """Show what rows hold of their sources."""
@@ -210,7 +221,7 @@ class TorchEngine:
             logits, present = decoder(ids, mask, positions, [state.tensors[name] for name in self._names])
             aligned = step.align(logits.float().cpu().numpy(), last_only=last_only)
         tensors = state.tensors | dict(zip(self._changing, present, strict=True))
-        return aligned, ArrayState(tensors, step.mask, step.lengths, step.padding_side)
+        return aligned, replace(state, tensors=tensors, mask=step.mask, lengths=step.lengths)
 
     def select(self, state: ArrayState, rows: IntArray) -> ArrayState:
         """Keep, drop, reorder or repeat rows."""
@@ -219,9 +230,9 @@ class TorchEngine:
         index = torch.from_numpy(rows).to(self._device)
         tensors = {
             one.past.name: state.tensors[one.past.name].index_select(one.batch_axis, index)
-            for one in self._signature.state
+            for one in self._signature.moving(state, rows)
         }
-        return ArrayState(tensors, state.mask[rows], state.lengths[rows], state.padding_side)
+        return self._signature.selected(state, rows, tensors)
 
     def join(self, states: Sequence[ArrayState]) -> ArrayState:
         """Put the rows of several states into one batch, padding shorter pasts at the left."""
@@ -238,7 +249,9 @@ class TorchEngine:
             tensors[one.past.name] = torch.cat(parts, dim=one.batch_axis)
         masks = [np.pad(one.mask, ((0, 0), (pad, 0))) for one, pad in zip(states, pads, strict=True)]
         lengths = np.concatenate([one.lengths for one in states])
-        return ArrayState(tensors, np.concatenate(masks), lengths, states[0].padding_side)
+        return ArrayState(
+            tensors, np.concatenate(masks), lengths, states[0].padding_side, joined_sources(states)
+        )
 
     @property
     def rewinds(self) -> bool:
@@ -253,14 +266,14 @@ class TorchEngine:
         for one in self._signature.changing:
             assert one.past_axis is not None
             tensors[one.past.name] = state.tensors[one.past.name].narrow(one.past_axis, 0, slots)
-        return ArrayState(tensors, mask, kept, state.padding_side)
+        return replace(state, tensors=tensors, mask=mask, lengths=kept)
 
     def copy(self, state: ArrayState, *, capacity: int | None = None) -> ArrayState:
         """Make an independent copy; the cache grows, so `capacity` has no use here."""
         self._open()
         # A module may write into the state that it is given.
         tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
-        return ArrayState(tensors, state.mask.copy(), state.lengths.copy(), state.padding_side)
+        return replace(state, tensors=tensors, mask=state.mask.copy(), lengths=state.lengths.copy())
 
     def report(self) -> EngineReport:
         """Say where the module's weights are and what computes."""

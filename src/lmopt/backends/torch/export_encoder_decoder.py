@@ -4,16 +4,22 @@ The encoder's graph also computes what the decoder makes of the encoder's output
 cross-attention; so no step of the decoder computes anything of the source again.
 """
 
+import contextlib
 from typing import Any, Final
 
 import onnx_ir as ir
 
 from lmopt.backends.torch.encoder_decoder import EncoderDecoder
 from lmopt.backends.torch.export_onnx import refuse_recurrent_halves
+from lmopt.backends.torch.fused.edits import Edits
+from lmopt.backends.torch.fused.layout import drop_idle
+from lmopt.backends.torch.fused.operators import MICROSOFT
 from lmopt.backends.torch.graph import fold, name_boundary, name_encoder, tidy, translate
 from lmopt.backends.torch.language_model import dtype_name
-from lmopt.backends.torch.lowering import tracing_for
+from lmopt.backends.torch.lowering import Dialect, tracing_for
 from lmopt.backends.torch.portable_quantized import finish_portable
+from lmopt.backends.torch.quantized import rounded_bits
+from lmopt.backends.torch.quantized_lowering import lowered
 from lmopt.backends.torch.tracing import export_encoder, export_program
 from lmopt.contracts import ExportRequest
 
@@ -21,8 +27,19 @@ ENCODER: Final = "encoder_model.onnx"
 DECODER: Final = "decoder_model.onnx"
 
 
-def export_both(request: ExportRequest, decoder: EncoderDecoder, opset: int) -> dict[str, Any]:
-    """Write `encoder_model.onnx` and `decoder_model.onnx` with their external data, in the portable dialect.
+def export_both(
+    request: ExportRequest, decoder: EncoderDecoder, opset: int, accuracy_level: int | None = None
+) -> dict[str, Any]:
+    """Write `encoder_model.onnx` and `decoder_model.onnx` with their external data.
+
+    In the dialect `"onnxruntime"` attention and products with quantized weights are ONNX Runtime's own operators;
+    the rest, and how the cache grows, is as in the portable one.
+
+    Args:
+        request: What to export, and for which target.
+        decoder: From `as_decoder`.
+        opset: Version of the operators.
+        accuracy_level: Of quantized products; see `lmopt.backends.torch.quantized_lowering.lowered`.
 
     Returns:
         What the manifest records of the format.
@@ -32,26 +49,41 @@ def export_both(request: ExportRequest, decoder: EncoderDecoder, opset: int) -> 
         UnsupportedError: No engine runs the result.
     """
     name = type(request.module).__name__
+    target, reason = _target(request)
+    microsoft = False
     operators: set[str] = set()
     files: list[str] = []
     for file in (ENCODER, DECODER):
-        with tracing_for("portable"):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(tracing_for(target))
+            if target == "onnxruntime":
+                stack.enter_context(lowered(request.module, accuracy_level))
             trace = export_encoder if file == ENCODER else export_program
             program, arguments = trace(decoder, may_fix=True)
             model = translate(program, arguments, opset, name)
         del program
-        finish_portable(model, opset)
+        if target == "portable":
+            finish_portable(model, opset)
+        if target == "onnxruntime":
+            _share_tables(model.graph)
+        fold(model)
+        if target == "onnxruntime":
+            drop_idle(Edits(model, {}))
+        tidy(model, file.partition("_")[0])
+        # Last: what merges values may give an output the axes of another.
         if file == ENCODER:
             name_encoder(model, decoder.signature, decoder.source)
         else:
             name_boundary(model, decoder.signature)
-        fold(model)
-        tidy(model, file.partition("_")[0])
+        if any(node.domain == MICROSOFT for node in model.graph):
+            model.opset_imports[MICROSOFT], microsoft = 1, True
         refuse_recurrent_halves(request.module, model)
         data = f"{file}.data"
         ir.save(model, request.folder / file, external_data=data, size_threshold_bytes=1024)
         files += [one for one in (file, data) if (request.folder / one).exists()]
         operators |= {node.op_type for node in model.graph}
+    if target == "onnxruntime" and not microsoft:
+        target, reason = "portable", "none of its parts has an operator of ONNX Runtime's own"
     return {
         "files": files,
         "encoder": ENCODER,
@@ -59,6 +91,40 @@ def export_both(request: ExportRequest, decoder: EncoderDecoder, opset: int) -> 
         "dtype": dtype_name(request.module),
         "operators": sorted(operators),
         "opset": opset,
-        "target": "portable",
+        "target": target,
         "taps": [],
+        **({"fallback": reason} if reason else {}),
+        **({"accuracy_level": accuracy_level} if accuracy_level is not None and microsoft else {}),
+        **({"activations": bits} if (bits := rounded_bits(request.module)) else {}),
     }
+
+
+def _share_tables(graph: ir.Graph) -> None:
+    """Let a head multiply by the embedding that it is tied to as it lies, in place of a turned copy of it."""
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.const_value is None or len(list(weight.uses())) < 2:
+            continue
+        for use in list(node.outputs[0].uses()):
+            if use.node.op_type != "MatMul" or use.idx != 1:
+                continue
+            product = ir.node(
+                "FusedMatMul",
+                [use.node.inputs[0], weight],
+                attributes={"transA": 0, "transB": 1, "alpha": 1.0},
+                domain=MICROSOFT,
+                name=f"{use.node.name}_turned",
+            )
+            graph.insert_before(use.node, product)
+            old, new = use.node.outputs[0], product.outputs[0]
+            new.name, new.shape, new.type = f"{old.name}_turned", old.shape, old.type
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _target(request: ExportRequest) -> tuple[Dialect, str]:
+    """Choose the dialect that is written, with the reason where it is not the one asked for."""
+    if request.target != "onnxruntime":
+        return "portable", ""
+    if (dtype := dtype_name(request.module)) != "float32":
+        return "portable", f"it computes in {dtype}, and attention between encoder and decoder takes float32"
+    return "onnxruntime", ""

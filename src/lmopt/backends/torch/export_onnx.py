@@ -105,14 +105,11 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
     if isinstance(decoder, EncoderDecoder):
         from lmopt.backends.torch.export_encoder_decoder import export_both
 
-        if kv_cache_dtype != "auto" or accuracy_level is not None or products != "auto":
+        if kv_cache_dtype != "auto" or products != "auto":
             raise UnsupportedOptionError(
-                "kv_cache_dtype, accuracy_level and products are for models without an encoder so far; leave them out"
+                "kv_cache_dtype and products are for models without an encoder so far; leave them out"
             )
-        written = export_both(request, decoder, opset)
-        if request.target == FUSED:
-            written["fallback"] = "the dialect 'onnxruntime' holds no encoder-decoders yet"
-        return written
+        return export_both(request, decoder, opset, accuracy_level)
     if request.target == FUSED:
         from lmopt.backends.torch.fused.export import fused_graph
         from lmopt.backends.torch.fused.reason import InexpressibleError

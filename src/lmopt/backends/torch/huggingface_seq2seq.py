@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lmopt.backends.torch.attention import position_attention
 from lmopt.backends.torch.cache_name import cache_name, cache_of, parameters_of
 from lmopt.backends.torch.encoder_decoder import EncoderDecoder
+from lmopt.backends.torch.multi_head import reading_source
 from lmopt.errors import UnsupportedError
 from lmopt.signature import ATTENTION_MASK, POSITION_IDS, SOURCE_MASK
 from lmopt.types import SourceFacts
@@ -75,7 +76,8 @@ class HuggingFaceEncoderDecoder(EncoderDecoder):
         token = torch.zeros(inputs.shape[0], 1, dtype=torch.int64, device=inputs.device)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         with position_attention(model):
-            read = model.get_encoder()(**{model.main_input_name: inputs}, **options)
+            with reading_source():
+                read = model.get_encoder()(**{model.main_input_name: inputs}, **options)
             result = model(
                 encoder_outputs=read,
                 decoder_input_ids=token,

@@ -163,32 +163,45 @@ class QuantizedEmbedding(Quantized):
         array: The weight.
         dtype: Type of the result.
         padding_idx: As for `torch.nn.Embedding`; it changes nothing in inference.
+        factor: What rows are multiplied by, as Gemma and BART do: a tensor is rounded to the result's type first.
     """
 
     def __init__(
-        self, array: QuantizedArray, dtype: torch.dtype = torch.float32, padding_idx: int | None = None
+        self,
+        array: QuantizedArray,
+        dtype: torch.dtype = torch.float32,
+        padding_idx: int | None = None,
+        factor: float | Tensor = 1.0,
     ) -> None:
         super().__init__(array)
+        self._given = factor
         self.num_embeddings, self.embedding_dim = array.grid.rows, array.grid.columns
         self.padding_idx = padding_idx
+        self._compute_in(dtype)
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        given = self._given
+        self._factor = given.to(dtype).item() if isinstance(given, Tensor) else given
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.dtype = fn(torch.zeros((), dtype=self.dtype, device=self.codes.device)).dtype
+        self._compute_in(fn(torch.zeros((), dtype=self.dtype, device=self.codes.device)).dtype)
         return super()._apply(fn, recurse)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up `(...)` ids; give `(..., embedding_dim)`."""
+        rows = self._rows(ids).to(self.dtype)
+        return rows if self._factor == 1.0 else rows * self._factor
+
+    def _rows(self, ids: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
             if dialect() == "onnxruntime" and self._lowered is not None:
-                rows: Tensor = self._lowered.gather(ids, self.grid)
-                return rows.to(self.dtype)
-            if dialect() == "portable":
-                return functional.embedding(ids, emit_dequantize(self)).to(self.dtype)
-            return functional.embedding(ids, self.weight).to(self.dtype)
+                found: Tensor = self._lowered.gather(ids, self.grid)
+                return found
+            weight = emit_dequantize(self) if dialect() == "portable" else self.weight
+            return functional.embedding(ids, weight)
         # A text reads a few rows of many.
-        rows = dequantize(self, ids.flatten())
-        return rows.reshape(*ids.shape, self.embedding_dim).to(self.dtype)
+        return dequantize(self, ids.flatten()).reshape(*ids.shape, self.embedding_dim)
 
 
 class _Kept:

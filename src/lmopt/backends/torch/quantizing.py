@@ -51,8 +51,8 @@ def find_weights(module: nn.Module, vocab_size: int) -> list[Weight]:
     first: dict[int, str] = {}
     for path, part in module.named_modules():
         kind: Literal["linear", "embedding", "head"]
-        if type(part) is nn.Embedding:
-            if part is not embedding and (embedding is not None or part.num_embeddings != vocab_size):
+        if is_embedding(part):
+            if not _is_table(part, embedding, vocab_size):
                 continue
             kind = "embedding"
         elif type(part) is nn.Linear or is_conv1d(part):
@@ -64,6 +64,13 @@ def find_weights(module: nn.Module, vocab_size: int) -> list[Weight]:
         found.append(Weight(path, kind, first.get(holder.weight.data_ptr())))
         first.setdefault(holder.weight.data_ptr(), path)
     return found
+
+
+def _is_table(part: Any, embedding: Any, vocab_size: int) -> bool:
+    """Say whether an embedding is that of the tokens, or has its weight: those of an encoder and a decoder may."""
+    if part is embedding or embedding is None:
+        return part is embedding or part.num_embeddings == vocab_size
+    return isinstance(embedding, nn.Embedding) and part.weight.data_ptr() == embedding.weight.data_ptr()
 
 
 def replace_weights(
@@ -154,7 +161,7 @@ def substitute(old: nn.Module, array: QuantizedArray, activations: int | None = 
     Raises:
         UnsupportedOptionError: The old part is of another kind or size.
     """
-    if type(old) is not nn.Embedding and type(old) is not nn.Linear and not is_conv1d(old):
+    if not is_embedding(old) and type(old) is not nn.Linear and not is_conv1d(old):
         raise UnsupportedOptionError(
             f"a {type(old).__name__} cannot be quantized; linears and embeddings can"
         )
@@ -166,7 +173,10 @@ def substitute(old: nn.Module, array: QuantizedArray, activations: int | None = 
     # Any: nn.Module's attributes are tensors or modules to a type checker.
     part: Any = old
     if isinstance(old, nn.Embedding):
-        return QuantizedEmbedding(array, part.weight.dtype, part.padding_idx)
+        factor = getattr(old, "embed_scale", None)
+        return QuantizedEmbedding(
+            array, part.weight.dtype, part.padding_idx, 1.0 if factor is None else factor
+        )
     return QuantizedLinear(array, part.bias, activations=activations)
 
 
@@ -224,6 +234,12 @@ def tie(module: nn.Module, path: str, first: nn.Module, activations: int | None 
         set_part(module, path, new.share(first))
     else:
         part.weight = first.weight
+
+
+def is_embedding(part: nn.Module) -> bool:
+    """Say whether a part looks rows up, and does no more with them than multiply them by a number."""
+    scaled = isinstance(part, nn.Embedding) and type(part).__name__.endswith("ScaledWordEmbedding")
+    return type(part) is nn.Embedding or (scaled and type(part).__module__.startswith("transformers."))
 
 
 def is_conv1d(part: nn.Module) -> bool:
