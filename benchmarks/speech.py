@@ -29,7 +29,11 @@ from lmopt.speech import read_audio
 
 def candidates(asked: argparse.Namespace) -> list[Candidate]:
     """What can be timed: the model in eager mode, what was given, and the peer."""
-    mine = {"script": "lmopt_applications_peer.py", "python": Path(sys.executable), "ours": True}
+    mine: dict[str, Any] = {
+        "script": "lmopt_applications_peer.py",
+        "python": Path(sys.executable),
+        "ours": True,
+    }
     found = [
         Candidate(
             path=asked.model, name="lmopt torch fp32", precision="", options={"backend": "torch"}, **mine

@@ -87,8 +87,16 @@ def make_theirs(folder: Path, model: Path, peers: Path) -> Path:
     """Convert it by CTranslate2's own tool, which quantizes while it loads."""
     target = folder / "ctranslate2"
     if not target.exists():
-        command = [peers / "venvs/convert/bin/python", "-m", "ctranslate2.converters.transformers"]
-        subprocess.run([*command, "--model", model, "--output_dir", target], check=True)
+        python = peers / "venvs/convert/bin/python"
+        words = [
+            "-m",
+            "ctranslate2.converters.transformers",
+            "--model",
+            str(model),
+            "--output_dir",
+            str(target),
+        ]
+        subprocess.run([str(python), *words], check=True)
     return target
 
 

@@ -84,8 +84,8 @@ def evaluate(
         return
     if pairs is not None:
         with open_runtime(out, source, **engine) as runtime:
-            found = judged(out, {"value": runtime}, pairs, num_beams=num_beams)
-            out.result({"pairs": pairs, **asdict(found["value"]), "engine": runtime.report().actual})
+            judgements = judged(out, {"value": runtime}, pairs, num_beams=num_beams)
+            out.result({"pairs": pairs, **asdict(judgements["value"]), "engine": runtime.report().actual})
         return
     if tasks is not None:
         with open_runtime(out, source, **engine) as runtime:
