@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from lmopt.compression import gptq
 from lmopt.compression.gptq import GPTQ
 from lmopt.compression.hessian import DampedWarning
 from lmopt.compression.layout import Grid, QuantizedArray, quantize, unpack
@@ -169,6 +170,21 @@ def test_blocks_are_a_matter_of_speed(correlated: Correlated) -> None:
         assert loss(other, matrix, statistics.gram) == pytest.approx(
             loss(found[0], matrix, statistics.gram), rel=0.02
         )
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_that_are_worked_on_in_parts_come_out_the_same(
+    symmetric: bool, correlated: Correlated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, statistics = weight(20, 40), correlated(40)
+    form, step = Form(4, 16, symmetric), GPTQ()
+    whole = step.apply(matrix, form, "w", statistics)
+    monkeypatch.setattr(gptq, "_AT_ONCE", 7 * 40)
+    parts = step.apply(matrix, form, "w", statistics)
+    assert parts.grid == whole.grid
+    # Products of fewer rows may be added up in another order.
+    np.testing.assert_allclose(parts.scales, whole.scales, rtol=1e-4)
+    assert (unpack(parts.codes, parts.grid) == unpack(whole.codes, whole.grid)).mean() > 0.99
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lmopt.compression.grid_search import inverse, search_groups
 from lmopt.compression.hessian import check_damping, damped, is_dead
-from lmopt.compression.layout import Codes, Grid, QuantizedArray, check_weight, pack, to_half
+from lmopt.compression.layout import Codes, Grid, QuantizedArray, check_weight, pack, stacked, to_half
 from lmopt.compression.round_to_nearest import Form, Quantize
 from lmopt.compression.statistics import Statistics
 from lmopt.errors import UnsupportedOptionError
@@ -16,6 +16,11 @@ from lmopt.types import FloatArray
 
 # Numbers of the rows' systems of equations that are held at once.
 _CHUNK: Final = 1 << 22
+# Numbers of a weight that are worked on at once: rows do not depend on each other, and a head has many.
+_AT_ONCE: Final = 1 << 23
+
+_Factored = tuple[NDArray[np.intp], FloatArray, FloatArray, FloatArray]
+"""Order of the work, the Hessian in this order and in the weight's, and its factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +84,23 @@ class GPTQ(Quantize):
             return Quantize.apply(self, weight, form, name)
         check_weight(weight, name)
         statistics.check(weight.shape[1], name)
-        gram = statistics.gram
-        rows, columns = weight.shape
-        grid = form.grid(rows, columns)
+        factored = statistics.once(
+            (GPTQ.name, self.damping, self.shrinkage, self.act_order),
+            lambda: self._factored(statistics.gram, name),
+        )
+        step = max(1, _AT_ONCE // weight.shape[1])
+        return stacked(
+            [
+                self._rows(weight[start : start + step], form, name, statistics.gram, factored)
+                for start in range(0, len(weight), step)
+            ]
+        )
+
+    def _rows(
+        self, weight: FloatArray, form: Form, name: str, gram: FloatArray, factored: _Factored
+    ) -> QuantizedArray:
+        """Quantize some rows."""
+        grid = form.grid(*weight.shape)
         # Whatever an input that is always zero is multiplied by: 0 leaves the group's range to the others.
         weight = np.where(is_dead(gram), np.float32(0), weight)
         if self.search:
@@ -91,9 +110,7 @@ class GPTQ(Quantize):
         else:
             plain = Quantize.apply(self, weight, form, name)
             scales, zero_points = plain.scales, plain.zero_points
-        order, hessian, in_place, factor = statistics.once(
-            (GPTQ.name, self.damping, self.shrinkage, self.act_order), lambda: self._factored(gram, name)
-        )
+        order, hessian, in_place, factor = factored
         work = _Columns(weight, grid, scales, zero_points, order, half=form.half)
         work.round_all(factor, self.block_size)
         if self.refine:
@@ -107,9 +124,7 @@ class GPTQ(Quantize):
         """Give a quicker step; see `Quantize.draft`."""
         return replace(self, search=False, refine=0)
 
-    def _factored(
-        self, gram: FloatArray, name: str
-    ) -> tuple[NDArray[np.intp], FloatArray, FloatArray, FloatArray]:
+    def _factored(self, gram: FloatArray, name: str) -> _Factored:
         """Give the order of the work, the Hessian in this order and in the weight's, and its factor."""
         order = np.argsort(-np.diagonal(gram), kind="stable") if self.act_order else np.arange(len(gram))
         hessian, factor = damped(gram[np.ix_(order, order)], self.damping, self.shrinkage, name)

@@ -20,8 +20,8 @@ Scales and offsets are float32 numbers in memory and in graphs. Where half preci
 which `to_half` sees to, files store it in 16 bits.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -175,6 +175,14 @@ class QuantizedArray:
     def nbytes(self) -> int:
         """Bytes of all stored arrays."""
         return self.grid.nbytes()
+
+
+def stacked(parts: Sequence[QuantizedArray]) -> QuantizedArray:
+    """Put the rows of weights of one form into one weight."""
+    if len(parts) == 1:
+        return parts[0]
+    arrays = {name: np.concatenate([one.arrays()[name] for one in parts]) for name in parts[0].arrays()}
+    return QuantizedArray(replace(parts[0].grid, rows=sum(one.grid.rows for one in parts)), **arrays)
 
 
 def check_arrays(grid: Grid, arrays: Mapping[str, NDArray[Any]], what: str) -> None:

@@ -23,6 +23,8 @@ from lmopt.types import FloatArray
 
 # Modules that a warning names.
 _NAMED: Final = 3
+# Numbers of a weight whose error is computed at once.
+_AT_ONCE: Final = 1 << 22
 
 
 def by_matrix(module: nn.Module, step: Any, setting: Setting) -> nn.Module:
@@ -137,12 +139,17 @@ def _scale(module: nn.Module, stage: Stage, step: Any, forms: Mapping[str, Any])
 
 def relative_error(before: FloatArray, after: FloatArray, statistics: Statistics | None) -> float:
     """Compute `||(W - W') X|| / ||W X||`, over the weight alone where nothing is known of `X`."""
-    error = before - after
-    if statistics is None:
-        over, of = float(np.vdot(error, error)), float(np.vdot(before, before))
-    else:
-        over = float(np.vdot(error @ statistics.gram, error))
-        of = float(np.vdot(before @ statistics.gram, before))
+    over = of = 0.0
+    # Some rows at a time: a head has many.
+    step = max(1, _AT_ONCE // before.shape[1])
+    for start in range(0, len(before), step):
+        kept = before[start : start + step]
+        error = kept - after[start : start + step]
+        if statistics is None:
+            over, of = over + float(np.vdot(error, error)), of + float(np.vdot(kept, kept))
+        else:
+            over += float(np.vdot(error @ statistics.gram, error))
+            of += float(np.vdot(kept @ statistics.gram, kept))
     return float(np.sqrt(max(over, 0.0) / of)) if of > 0 else 0.0
 
 
