@@ -20,15 +20,21 @@ from lmopt.backends.torch.lowering import Dialect, tracing_for
 from lmopt.backends.torch.portable_quantized import finish_portable
 from lmopt.backends.torch.quantized import rounded_bits
 from lmopt.backends.torch.quantized_lowering import lowered
+from lmopt.backends.torch.row_products import multiply_in_int8
 from lmopt.backends.torch.tracing import export_encoder, export_program
 from lmopt.contracts import ExportRequest
+from lmopt.errors import UnsupportedError
 
 ENCODER: Final = "encoder_model.onnx"
 DECODER: Final = "decoder_model.onnx"
 
 
 def export_both(
-    request: ExportRequest, decoder: EncoderDecoder, opset: int, accuracy_level: int | None = None
+    request: ExportRequest,
+    decoder: EncoderDecoder,
+    opset: int,
+    accuracy_level: int | None = None,
+    products: str = "auto",
 ) -> dict[str, Any]:
     """Write `encoder_model.onnx` and `decoder_model.onnx` with their external data.
 
@@ -40,6 +46,7 @@ def export_both(
         decoder: From `as_decoder`.
         opset: Version of the operators.
         accuracy_level: Of quantized products; see `lmopt.backends.torch.quantized_lowering.lowered`.
+        products: `"int8"` writes products with float weights as `lmopt.backends.torch.row_products` says.
 
     Returns:
         What the manifest records of the format.
@@ -50,7 +57,9 @@ def export_both(
     """
     name = type(request.module).__name__
     target, reason = _target(request)
-    microsoft = False
+    if products != "auto" and reason:
+        raise UnsupportedError(f"products={products!r} is of the dialect 'onnxruntime', and {name}: {reason}")
+    microsoft, rewritten = False, 0
     operators: set[str] = set()
     files: list[str] = []
     for file in (ENCODER, DECODER):
@@ -68,7 +77,10 @@ def export_both(
             _share_tables(model.graph)
         fold(model)
         if target == "onnxruntime":
-            drop_idle(Edits(model, {}))
+            edits = Edits(model, {})
+            drop_idle(edits)
+            if products == "int8":
+                rewritten += multiply_in_int8(edits)
         tidy(model, file.partition("_")[0])
         # Last: what merges values may give an output the axes of another.
         if file == ENCODER:
@@ -82,6 +94,8 @@ def export_both(
         ir.save(model, request.folder / file, external_data=data, size_threshold_bytes=1024)
         files += [one for one in (file, data) if (request.folder / one).exists()]
         operators |= {node.op_type for node in model.graph}
+    if products != "auto" and not rewritten:
+        raise UnsupportedError(f"products={products!r}: {name} multiplies by no float matrix that is worth it")
     if target == "onnxruntime" and not microsoft:
         target, reason = "portable", "none of its parts has an operator of ONNX Runtime's own"
     return {
@@ -95,6 +109,7 @@ def export_both(
         "taps": [],
         **({"fallback": reason} if reason else {}),
         **({"accuracy_level": accuracy_level} if accuracy_level is not None and microsoft else {}),
+        **({"products": products, "quantized_products": rewritten} if rewritten else {}),
         **({"activations": bits} if (bits := rounded_bits(request.module)) else {}),
     }
 

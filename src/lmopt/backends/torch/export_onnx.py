@@ -78,11 +78,6 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
             f"exporter 'onnx' has no option {sorted(options)[0]!r}; it has: opset, accuracy_level, kv_cache_dtype, "
             "products"
         )
-    if products not in PRODUCTS or (products != "auto" and request.target == FUSED):
-        raise UnsupportedOptionError(
-            f"products is {products!r} for the target {request.target!r}; expected one of {', '.join(PRODUCTS)}, and "
-            f"the latter two only for target='portable'. On {FUSED!r} use accuracy_level=4 with quantized weights"
-        )
     if kv_cache_dtype not in CACHE_DTYPES or (kv_cache_dtype != "auto" and request.target != FUSED):
         raise UnsupportedOptionError(
             f"kv_cache_dtype is {kv_cache_dtype!r} for the target {request.target!r}; expected one of "
@@ -99,17 +94,16 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
         )
     if not isinstance(opset, int) or opset < 18:
         raise UnsupportedOptionError(f"opset is {opset!r}; expected a whole number of at least 18")
-    if products != "auto" and opset < OPSET:
-        raise UnsupportedOptionError(f"products={products!r} needs opset {OPSET} or more; opset is {opset}")
     decoder = as_decoder(request.module, request.facts.source)
+    _check_products(products, request.target, opset, pair=isinstance(decoder, EncoderDecoder))
     if isinstance(decoder, EncoderDecoder):
         from lmopt.backends.torch.export_encoder_decoder import export_both
 
-        if kv_cache_dtype != "auto" or products != "auto":
+        if kv_cache_dtype != "auto":
             raise UnsupportedOptionError(
-                "kv_cache_dtype and products are for models without an encoder so far; leave them out"
+                "kv_cache_dtype is for models without an encoder so far; leave it out"
             )
-        return export_both(request, decoder, opset, accuracy_level)
+        return export_both(request, decoder, opset, accuracy_level, products)
     if request.target == FUSED:
         from lmopt.backends.torch.fused.export import fused_graph
         from lmopt.backends.torch.fused.reason import InexpressibleError
@@ -134,6 +128,26 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
             asked["kv_cache_dtype"] = kv_cache_dtype
         return {**_write(request, model, signature, taps, opset, FUSED), **asked}
     return _portable(request, decoder, opset, products)
+
+
+def _check_products(products: Any, target: str, opset: int, *, pair: bool) -> None:
+    """Refuse products in 8 bits where nothing writes them."""
+    if products not in PRODUCTS:
+        raise UnsupportedOptionError(f"products is {products!r}; expected one of {', '.join(PRODUCTS)}")
+    if products == "auto":
+        return
+    if pair and (products != "int8" or target != FUSED):
+        raise UnsupportedOptionError(
+            f"products={products!r} for the target {target!r}: of an encoder-decoder products are written in int8, for "
+            f"target={FUSED!r}"
+        )
+    if not pair and target == FUSED:
+        raise UnsupportedOptionError(
+            f"products={products!r} is for target='portable' and TensorRT; on {FUSED!r} use accuracy_level=4 with "
+            "quantized weights"
+        )
+    if opset < OPSET:
+        raise UnsupportedOptionError(f"products={products!r} needs opset {OPSET} or more; opset is {opset}")
 
 
 def _portable(request: ExportRequest, decoder: Decoder, opset: int, products: str = "auto") -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""Write products with weights in 8 bits, a scale for each output and one for each token, for ONNX Runtime.
+
+Each token's vector `x` is rounded to `q = round(x / s)`, `s = max|x| / 127`, each output's weights likewise, and
+`q @ codes` is a sum of whole numbers, exact in 32 bits, so that a row is the same alone and among others. ONNX Runtime
+multiplies `uint8` with `int8` by AMX or VNNI, where `MatMulNBits` uses neither with many rows; what is added
+around a product are plain operators, of which all products of one input share all but two.
+
+Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339 (section 2.1, vector-wise quantization); it is what CTranslate2 calls
+int8.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+
+from lmopt.backends.torch.fused.edits import Edits
+from lmopt.backends.torch.fused.operators import MICROSOFT
+from lmopt.types import AnyArray, FloatArray
+
+_MOST: Final = 127
+# What zero is in `uint8`: kernels take no signed activations.
+_MIDDLE: Final = 128
+_TINY: Final = 1e-30
+# Smaller weights gain nothing.
+_LEAST: Final = 1 << 10
+_MATRIX: Final = 2
+
+
+def multiply_in_int8(edits: Edits) -> int:
+    """Rewrite the products of a graph with constant matrices, and the look-ups in those that they share.
+
+    Args:
+        edits: The graph; changed in place.
+
+    Returns:
+        How many products were rewritten.
+    """
+    read: dict[int, tuple[ir.Value, ir.Value]] = {}
+    tables: dict[int, ir.Value] = {}
+    count = 0
+    for node in list(edits.graph):
+        matrix = _matrix(node)
+        if matrix is None:
+            continue
+        activation, weight = node.inputs[:2]
+        assert activation is not None
+        assert weight is not None
+        if id(activation) not in read:
+            read[id(activation)] = _rounded(edits, activation, node)
+        rounded, factor = read[id(activation)]
+        codes, scales = round_columns(matrix)
+        product = edits.node(
+            "MatMulIntegerToFloat",
+            [
+                rounded,
+                _stored(edits, f"{weight.name}.int8", codes),
+                edits.constant(np.float32(1), "one"),
+                _stored(edits, f"{weight.name}.scale", scales),
+                edits.constant(np.uint8(_MIDDLE), "middle"),
+            ],
+            node,
+            domain=MICROSOFT,
+        )
+        result = edits.node("Mul", [product.outputs[0], factor], node)
+        for one in (product, result):
+            one.outputs[0].type, one.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        if node.op_type == "FusedMatMul":
+            tables[id(weight)] = weight
+        edits.replace(node.outputs[0], result.outputs[0])
+        edits.graph.remove(node, safe=True)
+        count += 1
+    for table in tables.values():
+        _look_up(edits, table)
+    return count
+
+
+def round_columns(matrix: FloatArray) -> tuple[AnyArray, FloatArray]:
+    """Round a matrix `(inputs, outputs)` to 8 bits: int8 codes and `(outputs,)` float32 scales."""
+    scales = np.abs(matrix).max(axis=0) / np.float32(_MOST)
+    scales = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    return np.rint(matrix / scales).astype(np.int8), scales
+
+
+def _matrix(node: ir.Node) -> FloatArray | None:
+    """Give the constant `(inputs, outputs)` float32 matrix that a node multiplies by, if it is one of these."""
+    turned = node.op_type == "FusedMatMul"
+    if node.op_type not in ("MatMul", "FusedMatMul") or len(node.inputs) < _MATRIX:
+        return None
+    weight = node.inputs[1]
+    tensor: Any = None if weight is None else weight.const_value
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != _MATRIX:
+        return None
+    if tensor.shape[0] * tensor.shape[1] < _LEAST:
+        return None
+    matrix: FloatArray = tensor.numpy()
+    return matrix.T if turned else matrix
+
+
+def _rounded(edits: Edits, value: ir.Value, before: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """Round each token's vector; give `uint8` codes and the factors `(..., 1)`."""
+
+    def number(one: float, name: str) -> ir.Value:
+        return edits.constant(np.float32(one), name)
+
+    def apply(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        return edits.node(operator, inputs, before, **attributes).outputs[0]
+
+    last = edits.constant(np.array([-1], np.int64), "last")
+    most = apply("ReduceMax", apply("Abs", value), last, keepdims=1)
+    # Of a vector of zeros any scale will do but 0.
+    factor = apply("Max", apply("Mul", most, number(1 / _MOST, "step")), number(_TINY, "tiny"))
+    whole = apply("Add", apply("Round", apply("Div", value, factor)), number(_MIDDLE, "shift"))
+    return apply("Cast", whole, to=int(ir.DataType.UINT8)), factor
+
+
+def _look_up(edits: Edits, table: ir.Value) -> None:
+    """Let a table that a head multiplied by hold codes as well, one scale a row."""
+    tensor = table.const_value
+    assert tensor is not None
+    reads = [one.node for one in table.uses() if one.node.op_type == "Gather" and one.idx == 0]
+    if len(reads) < len(list(table.uses())):
+        return
+    codes, scales = round_columns(tensor.numpy().T)
+    rows = _stored(edits, f"{table.name}.rows", np.ascontiguousarray(codes.T))
+    factors = _stored(edits, f"{table.name}.rows_scale", scales[:, None])
+    for node in reads:
+        ids = node.inputs[1]
+        assert ids is not None
+        found = edits.node("Gather", [rows, ids], node, axis=0)
+        widened = edits.node("Cast", [found.outputs[0]], node, to=int(ir.DataType.FLOAT))
+        factor = edits.node("Gather", [factors, ids], node, axis=0)
+        result = edits.node("Mul", [widened.outputs[0], factor.outputs[0]], node)
+        edits.replace(node.outputs[0], result.outputs[0])
+        edits.graph.remove(node, safe=True)
+
+
+def _stored(edits: Edits, name: str, array: AnyArray) -> ir.Value:
+    known = edits.graph.initializers.get(name)
+    return known if known is not None else edits.initializer(name, ir.tensor(np.ascontiguousarray(array)))

@@ -1,0 +1,93 @@
+"""Products in 8 bits with a scale for each output and each token."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lmopt
+from lmopt.backends.torch.row_products import round_columns
+from lmopt.errors import UnsupportedError, UnsupportedOptionError
+from lmopt.testing.seq2seq import tiny_bart, tiny_t5
+
+SOURCES = [[5, 6, 7, 8, 9, 10, 11], [40, 41, 42]]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 20))
+def test_a_column_is_rounded_by_its_largest_weight(seed: int, inputs: int, outputs: int) -> None:
+    draw = np.random.default_rng(seed)
+    matrix = (draw.standard_normal((inputs, outputs)) * draw.lognormal(size=outputs)).astype(np.float32)
+    matrix[:, 0] = 0
+    codes, scales = round_columns(matrix)
+    assert codes.dtype == np.int8
+    assert np.abs(codes.astype(int)).max(initial=0) <= 127
+    assert (scales > 0).all()
+    assert (np.abs(codes * scales - matrix) <= 0.5001 * scales).all()
+    assert not codes[:, 0].any()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("rows") / "out"
+    exporter = lmopt.Exporter("onnx", target="onnxruntime", products="int8")
+    exporter.export(lmopt.Model.from_module(tiny_bart()), target)
+    return target
+
+
+def test_every_product_and_the_table_are_in_eight_bits(folder: Path) -> None:
+    record = lmopt.Artifact.open(folder).manifest["formats"]["onnx"]
+    assert (record["target"], record["products"]) == ("onnxruntime", "int8")
+    counts = []
+    for name in ("encoder_model.onnx", "decoder_model.onnx"):
+        graph = onnx.load(str(folder / name)).graph
+        counts.append(sum(node.op_type == "MatMulIntegerToFloat" for node in graph.node))
+        assert not [node for node in graph.node if node.op_type in ("MatMul", "FusedMatMul")]
+        floats = {one.name: one for one in graph.initializer if one.data_type == onnx.TensorProto.FLOAT}
+        read = {name for node in graph.node for name in node.input}
+        # Of matrices, positions alone are in float; what nothing reads is gone.
+        matrices = [name for name, one in floats.items() if len(one.dims) == 2 and min(one.dims) > 1]
+        assert all("embed_positions" in name or "embed_tokens" in name for name in matrices)
+        assert set(floats) <= read
+    assert sum(counts) == record["quantized_products"]
+    # Layers of the encoder have 6 products and the decoder's keys and values of the source 2; the decoder's 8, and
+    # the head.
+    assert counts == [2 * 6 + 2 * 2, 2 * 8 + 1]
+
+
+def test_products_of_one_value_share_its_rounding(folder: Path) -> None:
+    graph = onnx.load(str(folder / "decoder_model.onnx")).graph
+    rounded = [node.input[0] for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(set(rounded)) == sum(node.op_type == "Round" for node in graph.node)
+    # Query, key and value of each layer's own attention.
+    assert max(rounded.count(one) for one in rounded) == 3
+
+
+def test_rows_do_not_depend_on_their_neighbours(folder: Path) -> None:
+    with lmopt.Runtime(folder) as runtime:
+        together = runtime.logits([[2, 5, 6], [2, 7, 8]], sources=[SOURCES[0], SOURCES[0][::-1]])
+        alone = runtime.logits([2, 5, 6], sources=SOURCES[0])
+        np.testing.assert_allclose(together[0], alone, atol=2e-5, rtol=2e-5)
+        found = [one.token_ids for one in runtime.generate(SOURCES, max_new_tokens=8, num_beams=3)]
+        assert found == [runtime.generate(one, max_new_tokens=8, num_beams=3).token_ids for one in SOURCES]
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "products", "said"),
+    [
+        (tiny_bart, "portable", "int8", "for target='onnxruntime'"),
+        (tiny_bart, "onnxruntime", "fp8", "written in int8"),
+        (tiny_bart, "onnxruntime", "int4", "expected one of"),
+        (lambda: tiny_t5().half(), "onnxruntime", "int8", "float16"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    make: Any, target: str, products: str, said: str, tmp_path: Path
+) -> None:
+    exporter = lmopt.Exporter("onnx", target=target, products=products)
+    with pytest.raises((UnsupportedOptionError, UnsupportedError), match=said):
+        exporter.export(lmopt.Model.from_module(make()), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
