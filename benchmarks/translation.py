@@ -5,9 +5,9 @@
 
 The model has the sizes of Marian's small ones (6 layers that read, 2 that write, 256 wide, 32,000 tokens) and drawn
 weights: what it writes means nothing, what it costs is the same. It is made once below FOLDER, and converted for
-each program by its own tool: eager, ONNX Runtime in float32, with products in 8 bits, and with 8-bit weights in groups of
-64 and 8-bit activations; CTranslate2 in float32 and int8. Each runs in a process of its own and is stopped while another is timed. A figure is new tokens of
-all rows over the whole time, sources included.
+each program by its own tool: eager, ONNX Runtime in float32, with products in 8 bits, and with 8-bit weights in
+groups of 64; CTranslate2 in float32 and int8. Each runs in a process of its own and is stopped while another is
+timed. A figure is new tokens of all rows over the whole time, sources included.
 """
 
 import argparse
