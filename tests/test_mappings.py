@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lmopt.mappings import forget_files, unwritten
+from lmopt.mappings import opening, unwritten
 
 SMAPS = """7f00-7f10 rw-p 00000000 fe:00 12   /a/model.onnx.data
 Size:                  4 kB
@@ -32,16 +32,42 @@ def test_only_clean_mappings_of_the_file_are_found():
 def test_pages_go_and_come_back_as_they_were(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(256)) * 4096)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+    with (
+        opening([path]) as forget,
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped,
+    ):
         before = bytes(mapped)
         assert resident(path) == 1024
-        forget_files([path])
+        forget()
         assert resident(path) == 0
         assert bytes(mapped) == before
         # What a program has written is in no file: it must stay.
         mapped[5] = 77
-        forget_files([path])
+        forget()
         assert mapped[5] == 77
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_file_that_is_opened_again_is_left_alone(tmp_path):
+    """Its first mapping may be going: its addresses may be somebody else's by the time they are dropped."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for path in (first, second):
+        path.write_bytes(bytes(1 << 20))
+    with (
+        opening([first, second]) as forget,
+        opening([first]) as forget_again,
+        first.open("rb") as one,
+        second.open("rb") as other,
+        mmap.mmap(one.fileno(), 0, access=mmap.ACCESS_READ) as left,
+        mmap.mmap(other.fileno(), 0, access=mmap.ACCESS_READ) as dropped,
+    ):
+        assert not any(left[:])
+        assert not any(dropped[:])
+        forget()
+        assert (resident(first), resident(second)) == (1024, 0)
+        forget_again()
+        assert resident(first) == 1024
 
 
 def resident(path):

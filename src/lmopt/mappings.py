@@ -3,11 +3,15 @@
 Weights are mapped from their files, by transformers as by ONNX Runtime. Once they have been read, the whole
 file counts as memory of the process, although pages that nobody has written to can be dropped at any
 time: the next access maps them again out of the system's page cache. Linux only; elsewhere nothing happens.
+
+Only mappings of a known owner may be dropped, one that cannot go meanwhile: see `opening`.
 """
 
 import contextlib
 import mmap
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +45,8 @@ def drop_unwritten(wanted: Callable[[FileMapping], bool]) -> int:
     """Drop the pages of mappings that nobody has written to; those that are read again come back.
 
     Args:
-        wanted: Chooses among them. One that another thread may be about to write to must not be chosen.
+        wanted: Chooses among them. One that another thread may be about to write to, or to unmap, must not be
+            chosen.
 
     Returns:
         Bytes of memory that were given back.
@@ -60,15 +65,35 @@ def drop_unwritten(wanted: Callable[[FileMapping], bool]) -> int:
     return given
 
 
-def forget_files(files: Iterable[Path]) -> None:
-    """Drop the pages of files that this process has mapped and not written to.
+_maps = Counter[str]()
+_maps_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def opening(files: Iterable[Path]) -> Iterator[Callable[[], None]]:
+    """Tell that an engine is about to map files; what is given, once they are read, drops their pages.
+
+    A mapping may only be dropped while nobody unmaps it: its addresses may belong to other memory a moment later,
+    which would be wiped. So nothing is dropped of a file that this process opens for a second time, since the first
+    engine may be going right now; and whoever opens one waits while others drop theirs.
 
     Args:
-        files: Files whose mappings are dropped.
+        files: Files that will be mapped.
+
+    Yields:
+        A function without arguments, to be called while the mappings are in use.
     """
     names = {str(path.resolve()) for path in files}
-    if names:
-        drop_unwritten(lambda one: one.path in names)
+    with _maps_lock:
+        _maps.update(names)
+
+    def forget() -> None:
+        with _maps_lock:
+            alone = {name for name in names if _maps[name] == 1}
+            if alone:
+                drop_unwritten(lambda one: one.path in alone)
+
+    yield forget
 
 
 def return_freed() -> None:

@@ -1,5 +1,6 @@
 """Giving memory back leaves every value as it is."""
 
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -66,6 +67,17 @@ def test_writable_mappings_of_others_are_left_alone(module: Weights) -> None:
     all_else()
     assert module.total() == 7 * SIZE
     assert give_back(nn.Linear(2, 2)) < SIZE
+
+
+@linux
+def test_mappings_that_others_may_unmap_are_left_alone(tmp_path: Path) -> None:
+    """Where another thread unmaps a file, the same addresses may hold its memory a moment later."""
+    path = tmp_path / "data"
+    path.write_bytes(bytes([7]) * SIZE)
+    all_else()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert mapped[::4096].count(7) == SIZE // 4096
+        assert give_back(nn.Linear(2, 2)) < SIZE
 
 
 def test_weights_in_memory_of_their_own_stay() -> None:

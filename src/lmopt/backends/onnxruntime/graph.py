@@ -14,7 +14,7 @@ from lmopt.backends.onnxruntime.widening import widen
 from lmopt.checking import check_step
 from lmopt.contracts import ArtifactView, EngineReport, EngineRequest
 from lmopt.errors import ClosedError, EngineError, InputError, NotInstalledError, UnsupportedError
-from lmopt.mappings import forget_files
+from lmopt.mappings import opening
 from lmopt.registry import pip_line
 from lmopt.signature import LOGITS, LOGITS_TO_KEEP, Signature, bytes_per_token
 from lmopt.types import AnyArray, IntArray, TensorSpec
@@ -173,10 +173,13 @@ def open_session(
         widened: Whether a bfloat16 graph is computed in float32.
     """
     model = artifact.file(file)
-    with ThreadPoolExecutor(1, "lmopt-verify") as pool:
-        files = [name for name in artifact.manifest["formats"]["onnx"].get("files", ()) if name != file]
-        # Of several graphs each has its weights in a file of its own name; others may lie anywhere.
-        own = [name for name in files if name.startswith(file)] or files
+    files = [name for name in artifact.manifest["formats"]["onnx"].get("files", ()) if name != file]
+    # Of several graphs each has its weights in a file of its own name; others may lie anywhere.
+    own = [name for name in files if name.startswith(file)] or files
+    with (
+        opening(artifact.path / name for name in own) as forget,
+        ThreadPoolExecutor(1, "lmopt-verify") as pool,
+    ):
         verified = [pool.submit(artifact.file, name) for name in own]
         try:
             if widened:
@@ -188,10 +191,11 @@ def open_session(
             for one in verified:
                 one.result()  # a damaged file explains more than what onnxruntime makes of it
             raise
-        paths = [one.result() for one in verified]
-    # Most kernels have laid their weights out anew by now, and of a matrix that is looked up as well, as a
-    # tied embedding is, a text reads a few rows.
-    forget_files(paths)
+        for one in verified:
+            one.result()
+        # Most kernels have laid their weights out anew by now, and of a matrix that is looked up as well, as a
+        # tied embedding is, a text reads a few rows.
+        forget()
     return session
 
 

@@ -95,7 +95,9 @@ def export_both(
         files += [one for one in (file, data) if (request.folder / one).exists()]
         operators |= {node.op_type for node in model.graph}
     if products != "auto" and not rewritten:
-        raise UnsupportedError(f"products={products!r}: {name} multiplies by no float matrix that is worth it")
+        raise UnsupportedError(
+            f"products={products!r}: {name} multiplies by no float matrix that is worth it"
+        )
     if target == "onnxruntime" and not microsoft:
         target, reason = "portable", "none of its parts has an operator of ONNX Runtime's own"
     return {

@@ -17,10 +17,10 @@ from lmopt.mappings import FileMapping, drop_unwritten
 def give_back(module: nn.Module) -> int:
     """Give back what the allocator keeps, and what was mapped of files and never written to.
 
-    That is a module's weights, as far as they are mapped from a file and unchanged, and what cannot
-    be written to, such as code. Weights in memory of their own are left alone. All of it can be used
-    again at once; only writing to the weights by another thread during the call is not allowed. Does
-    nothing where the system is not Linux.
+    That is a module's weights, as far as they are mapped from a file and unchanged, and the code of shared
+    libraries. Weights in memory of their own are left alone, and so is whatever another thread may unmap
+    meanwhile. All of it can be used again at once; only writing to the weights by another thread during the
+    call is not allowed. Does nothing where the system is not Linux.
 
     Args:
         module: Owner of the weights.
@@ -40,8 +40,8 @@ def give_back(module: nn.Module) -> int:
     }
 
     def ours(one: FileMapping) -> bool:
-        # A writable mapping of somebody else's might be written to between the look and the drop.
-        safe = not one.writable or any(one.start <= start < one.end for start in weights)
-        return one.private and safe
+        # Of anybody else's mappings only those of libraries are sure to be there, unwritten, a moment later.
+        library = not one.writable and ".so" in one.path.rpartition("/")[2]
+        return one.private and (library or any(one.start <= start < one.end for start in weights))
 
     return drop_unwritten(ours)
