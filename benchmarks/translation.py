@@ -72,7 +72,8 @@ def make_ours(folder: Path, model: Path) -> dict[str, Path]:
     """Export it: as it is, with products in 8 bits, and with weights in groups of 64 as decoders have them."""
     found = {name: folder / f"ours-{name}" for name in ("float32", "int8", "groups")}
     original = lmopt.Model.from_pretrained(model)
-    for name, options in (("float32", {}), ("int8", {"products": "int8"})):
+    choices: dict[str, dict[str, Any]] = {"float32": {}, "int8": {"products": "int8"}}
+    for name, options in choices.items():
         if not found[name].exists():
             lmopt.Exporter("onnx", target="onnxruntime", **options).export(original, found[name])
     if not found["groups"].exists():

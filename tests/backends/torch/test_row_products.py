@@ -14,6 +14,7 @@ from lmopt.backends.torch.row_products import round_columns
 from lmopt.errors import UnsupportedError, UnsupportedOptionError
 from lmopt.testing.seq2seq import tiny_bart, tiny_t5
 
+POSITIONS = tiny_bart().model.encoder.embed_positions.num_embeddings
 SOURCES = [[5, 6, 7, 8, 9, 10, 11], [40, 41, 42]]
 
 
@@ -49,8 +50,8 @@ def test_every_product_and_the_table_are_in_eight_bits(folder: Path) -> None:
         floats = {one.name: one for one in graph.initializer if one.data_type == onnx.TensorProto.FLOAT}
         read = {name for node in graph.node for name in node.input}
         # Of matrices, positions alone are in float; what nothing reads is gone.
-        matrices = [name for name, one in floats.items() if len(one.dims) == 2 and min(one.dims) > 1]
-        assert all("embed_positions" in name or "embed_tokens" in name for name in matrices)
+        matrices = [one for one in floats.values() if len(one.dims) == 2 and min(one.dims) > 1]
+        assert [one.dims[0] for one in matrices] == [POSITIONS]
         assert set(floats) <= read
     assert sum(counts) == record["quantized_products"]
     # Layers of the encoder have 6 products and the decoder's keys and values of the source 2; the decoder's 8, and

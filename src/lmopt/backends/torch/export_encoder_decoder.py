@@ -80,7 +80,8 @@ def export_both(
             edits = Edits(model, {})
             drop_idle(edits)
             if products == "int8":
-                rewritten += multiply_in_int8(edits)
+                vocabularies = {decoder.signature.vocab_size, decoder.source.size}
+                rewritten += multiply_in_int8(edits, vocabularies)
         tidy(model, file.partition("_")[0])
         # Last: what merges values may give an output the axes of another.
         if file == ENCODER:

@@ -9,6 +9,7 @@ Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339 (section 2.1, vector-wise qua
 int8.
 """
 
+from collections.abc import Collection
 from typing import Any, Final
 
 import numpy as np
@@ -27,17 +28,17 @@ _LEAST: Final = 1 << 10
 _MATRIX: Final = 2
 
 
-def multiply_in_int8(edits: Edits) -> int:
-    """Rewrite the products of a graph with constant matrices, and the look-ups in those that they share.
+def multiply_in_int8(edits: Edits, vocabularies: Collection[int]) -> int:
+    """Rewrite the products of a graph with constant matrices, and the look-ups of tokens.
 
     Args:
         edits: The graph; changed in place.
+        vocabularies: Rows that a table of tokens has; other tables stay, positions above all.
 
     Returns:
         How many products were rewritten.
     """
     read: dict[int, tuple[ir.Value, ir.Value]] = {}
-    tables: dict[int, ir.Value] = {}
     count = 0
     for node in list(edits.graph):
         matrix = _matrix(node)
@@ -55,9 +56,9 @@ def multiply_in_int8(edits: Edits) -> int:
             [
                 rounded,
                 _stored(edits, f"{weight.name}.int8", codes),
-                edits.constant(np.float32(1), "one"),
+                edits.constant(np.array(1, np.float32), "one"),
                 _stored(edits, f"{weight.name}.scale", scales),
-                edits.constant(np.uint8(_MIDDLE), "middle"),
+                edits.constant(np.array(_MIDDLE, np.uint8), "middle"),
             ],
             node,
             domain=MICROSOFT,
@@ -65,13 +66,13 @@ def multiply_in_int8(edits: Edits) -> int:
         result = edits.node("Mul", [product.outputs[0], factor], node)
         for one in (product, result):
             one.outputs[0].type, one.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
-        if node.op_type == "FusedMatMul":
-            tables[id(weight)] = weight
         edits.replace(node.outputs[0], result.outputs[0])
         edits.graph.remove(node, safe=True)
         count += 1
-    for table in tables.values():
-        _look_up(edits, table)
+    for table in [one.inputs[0] for one in edits.graph if one.op_type == "Gather"]:
+        tensor: Any = None if table is None else table.const_value
+        if table is not None and _is_large(tensor) and tensor.shape[0] in vocabularies:
+            _look_up(edits, table)
     return count
 
 
@@ -89,19 +90,27 @@ def _matrix(node: ir.Node) -> FloatArray | None:
         return None
     weight = node.inputs[1]
     tensor: Any = None if weight is None else weight.const_value
-    if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != _MATRIX:
-        return None
-    if tensor.shape[0] * tensor.shape[1] < _LEAST:
+    if not _is_large(tensor):
         return None
     matrix: FloatArray = tensor.numpy()
     return matrix.T if turned else matrix
+
+
+def _is_large(tensor: Any) -> bool:
+    """Say whether a constant is a float32 matrix that is worth it."""
+    return (
+        tensor is not None
+        and tensor.dtype == ir.DataType.FLOAT
+        and len(tensor.shape) == _MATRIX
+        and tensor.shape[0] * tensor.shape[1] >= _LEAST
+    )
 
 
 def _rounded(edits: Edits, value: ir.Value, before: ir.Node) -> tuple[ir.Value, ir.Value]:
     """Round each token's vector; give `uint8` codes and the factors `(..., 1)`."""
 
     def number(one: float, name: str) -> ir.Value:
-        return edits.constant(np.float32(one), name)
+        return edits.constant(np.array(one, np.float32), name)
 
     def apply(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         return edits.node(operator, inputs, before, **attributes).outputs[0]
@@ -115,11 +124,10 @@ def _rounded(edits: Edits, value: ir.Value, before: ir.Node) -> tuple[ir.Value, 
 
 
 def _look_up(edits: Edits, table: ir.Value) -> None:
-    """Let a table that a head multiplied by hold codes as well, one scale a row."""
+    """Let a table hold codes, one scale a row."""
     tensor = table.const_value
-    assert tensor is not None
     reads = [one.node for one in table.uses() if one.node.op_type == "Gather" and one.idx == 0]
-    if len(reads) < len(list(table.uses())):
+    if tensor is None or not reads or len(reads) < len(list(table.uses())):
         return
     codes, scales = round_columns(tensor.numpy().T)
     rows = _stored(edits, f"{table.name}.rows", np.ascontiguousarray(codes.T))
