@@ -8,6 +8,7 @@ import contextlib
 from typing import Any, Final
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lmopt.backends.torch.encoder_decoder import EncoderDecoder
 from lmopt.backends.torch.export_onnx import refuse_recurrent_halves
@@ -77,6 +78,7 @@ def export_both(
             _share_tables(model.graph)
         fold(model)
         if target == "onnxruntime":
+            RemoveUnusedNodesPass()(model)
             edits = Edits(model, {})
             drop_idle(edits)
             if products == "int8":
