@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import lmopt
 from lmopt.backends.torch.row_products import round_columns
+from lmopt.compression import Quantize
 from lmopt.errors import UnsupportedError, UnsupportedOptionError
 from lmopt.testing.seq2seq import tiny_bart, tiny_t5
 
@@ -80,7 +81,7 @@ def test_rows_do_not_depend_on_their_neighbours(folder: Path) -> None:
     ("make", "target", "products", "said"),
     [
         (tiny_bart, "portable", "int8", "for target='onnxruntime'"),
-        (tiny_bart, "onnxruntime", "fp8", "written in int8"),
+        (tiny_bart, "onnxruntime", "fp8", "expected one of auto, int8, int8-encoder"),
         (tiny_bart, "onnxruntime", "int4", "expected one of"),
         (lambda: tiny_t5().half(), "onnxruntime", "int8", "float16"),
     ],
@@ -92,3 +93,19 @@ def test_what_cannot_be_written_is_refused(
     with pytest.raises((UnsupportedOptionError, UnsupportedError), match=said):
         exporter.export(lmopt.Model.from_module(make()), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_encoder_alone(tmp_path: Path) -> None:
+    """Speech suffers from a rounded decoder: its own weights may be in groups beside an encoder in rows."""
+    step = Quantize(bits=8, group_size=16, embedding=8, head=8, overrides={"model.encoder.*": None})
+    small = lmopt.Compressor([step]).compress(lmopt.Model.from_module(tiny_bart()), sources=SOURCES)
+    exporter = lmopt.Exporter("onnx", target="onnxruntime", products="int8-encoder", accuracy_level=4)
+    record = exporter.export(small, tmp_path / "out").manifest["formats"]["onnx"]
+    assert (record["products"], record["quantized_products"]) == ("int8-encoder", 2 * 6)
+    graphs = [
+        onnx.load(str(tmp_path / "out" / f"{part}_model.onnx")).graph for part in ("encoder", "decoder")
+    ]
+    kinds = [{node.op_type for node in graph.node} for graph in graphs]
+    assert {"MatMulIntegerToFloat", "MatMulNBits"} <= kinds[0]
+    assert "MatMulIntegerToFloat" not in kinds[1]
+    assert "MatMulNBits" in kinds[1]

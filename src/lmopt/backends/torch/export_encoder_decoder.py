@@ -47,7 +47,8 @@ def export_both(
         decoder: From `as_decoder`.
         opset: Version of the operators.
         accuracy_level: Of quantized products; see `lmopt.backends.torch.quantized_lowering.lowered`.
-        products: `"int8"` writes products with float weights as `lmopt.backends.torch.row_products` says.
+        products: `"int8"` writes products with float weights as `lmopt.backends.torch.row_products` says,
+            `"int8-encoder"` those of the encoder's graph alone.
 
     Returns:
         What the manifest records of the format.
@@ -81,7 +82,7 @@ def export_both(
             RemoveUnusedNodesPass()(model)
             edits = Edits(model, {})
             drop_idle(edits)
-            if products == "int8":
+            if products == "int8" or (products == "int8-encoder" and file == ENCODER):
                 vocabularies = {decoder.signature.vocab_size, decoder.source.size}
                 rewritten += multiply_in_int8(edits, vocabularies)
         tidy(model, file.partition("_")[0])

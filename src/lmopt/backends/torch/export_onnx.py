@@ -39,6 +39,7 @@ GRAPH: Final = "model.onnx"
 DATA: Final = "model.onnx.data"
 RECURRENT: Final = frozenset({"GRU", "LSTM", "RNN"})
 FUSED: Final = "onnxruntime"
+PRODUCTS_OF_PAIRS: Final = ("auto", "int8", "int8-encoder")
 ACCURACY_LEVELS: Final = (None, 1, 4)
 CACHE_DTYPES: Final = ("auto", "int8")
 
@@ -132,13 +133,17 @@ def export_onnx(request: ExportRequest) -> Mapping[str, Any]:
 
 def _check_products(products: Any, target: str, opset: int, *, pair: bool) -> None:
     """Refuse products in 8 bits where nothing writes them."""
-    if products not in PRODUCTS:
-        raise UnsupportedOptionError(f"products is {products!r}; expected one of {', '.join(PRODUCTS)}")
+    known = PRODUCTS_OF_PAIRS if pair else PRODUCTS
+    if products not in known:
+        what = "an encoder-decoder" if pair else "a decoder"
+        raise UnsupportedOptionError(
+            f"products of {what} is {products!r}; expected one of {', '.join(known)}"
+        )
     if products == "auto":
         return
-    if pair and (products != "int8" or target != FUSED):
+    if pair and target != FUSED:
         raise UnsupportedOptionError(
-            f"products={products!r} for the target {target!r}: of an encoder-decoder products are written in int8, for "
+            f"products={products!r} for the target {target!r}: of an encoder-decoder they are written for "
             f"target={FUSED!r}"
         )
     if not pair and target == FUSED:
