@@ -97,7 +97,7 @@ def test_what_cannot_be_written_is_refused(
 
 def test_the_encoder_alone(tmp_path: Path) -> None:
     """Speech suffers from a rounded decoder: its own weights may be in groups beside an encoder in rows."""
-    step = Quantize(bits=8, group_size=16, embedding=8, head=8, overrides={"model.encoder.*": None})
+    step = Quantize(bits=8, group_size=16, embedding=8, head=8, overrides={"model.encoder.layers.*": None})
     small = lmopt.Compressor([step]).compress(lmopt.Model.from_module(tiny_bart()), sources=SOURCES)
     exporter = lmopt.Exporter("onnx", target="onnxruntime", products="int8-encoder", accuracy_level=4)
     record = exporter.export(small, tmp_path / "out").manifest["formats"]["onnx"]
