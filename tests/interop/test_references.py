@@ -104,7 +104,10 @@ def test_whisper_in_eight_bits_hears_as_well(whisper_tiny: Path, librivox: Path,
     from lmopt.compression import Quantize
 
     lines = (librivox / "transcription").read_text(encoding="utf-8").splitlines()
-    said = {line.rpartition("(")[2].strip(") "): line.rpartition("(")[0].strip(" </s>") for line in lines}
+    said = {}
+    for line in lines:
+        text, _, name = line.rpartition("(")
+        said[name.strip(") ")] = text.replace("<s>", "").replace("</s>", "").strip()
     rows = [
         {"audio": str(librivox / f"{name}.wav"), "text": text.replace("mister", "mr")}
         for name, text in said.items()
