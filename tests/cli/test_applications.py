@@ -119,6 +119,7 @@ def test_pairs_are_judged_before_and_after_compression(tmp_path: Path, call: Any
     )
     done = call(*asked, "--pairs", pairs, "--json")
     assert done.status == 0, done.stderr
+    assert f"lmopt translate {tmp_path / 'out'}" in done.stderr
     written = done.data["written"]
     assert written["before"]["texts"] == right
     assert written["before"]["metrics"]["chrf"] == 100

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmopt.cli.opening import open_model, open_runtime
-from lmopt.cli.options import OutFolder, Overwrite, Source, Trust, WeightsDtype, assignments
+from lmopt.cli.options import OutFolder, Overwrite, Source, Trust, WeightsDtype, assignments, next_step
 from lmopt.cli.output import Output, size
 from lmopt.cli.references import judged
 
@@ -149,7 +149,7 @@ def compress(
     )
     written = {} if pairs is None else _written(out, model, small, pairs)
     measured = {} if speed is None else _speeds(out, model, small, speed)
-    out.note(f'Next: lmopt run {folder} --backend onnxruntime "The capital of France is"')
+    out.note(next_step(folder, model.facts, "onnxruntime"))
     out.result(
         {
             "artifact": artifact.path,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lmopt.cli.opening import open_model
-from lmopt.cli.options import OutFolder, Overwrite, Source, Trust, WeightsDtype, assignments
+from lmopt.cli.options import OutFolder, Overwrite, Source, Trust, WeightsDtype, assignments, next_step
 from lmopt.cli.output import Output, size
 from lmopt.cli.tables import parity_table
 
@@ -71,7 +71,7 @@ def export(
         f"{artifact.path}: {', '.join(artifact.formats)}, {size(disk)}; {seconds:.0f} s in all, "
         f"peak memory {size(memory.peak_bytes)} (the model's weights: {size(_weight_bytes(model))})"
     )
-    out.note(f'Next: lmopt run {folder} "The capital of France is"')
+    out.note(next_step(folder, model.facts))
     out.result(
         {
             "artifact": artifact.path,

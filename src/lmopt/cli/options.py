@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lmopt.types import ModelFacts
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -54,3 +56,13 @@ def assignments(words: list[str] | None, option: str = "--set") -> dict[str, Any
             # Python's own words are what people write who know the fields from Python.
             found[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return found
+
+
+def next_step(folder: Path, facts: ModelFacts, backend: str = "") -> str:
+    """Say how a model that was just written is tried."""
+    engine = f" --backend {backend}" if backend else ""
+    if facts.source is None:
+        return f'Next: lmopt run {folder}{engine} "The capital of France is"'
+    if facts.source.kind == "features":
+        return f"Next: lmopt transcribe {folder} clip.wav{engine}"
+    return f'Next: lmopt translate {folder} "How are you today?"{engine}'
