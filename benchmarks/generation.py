@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.bandwidth import read_bandwidth
-from harness.candidates import PEERS_FOLDER, Candidate, our_candidate, ours, peers
+from harness.candidates import PEERS_FOLDER, Candidate, given_candidate, ours, peers
 from harness.measure import Conditions, Lock, Measured, measure
 from harness.quality import qualities
 from harness.table import markdown
@@ -85,7 +85,7 @@ class Benchmark:
     def candidates(self) -> dict[str, Candidate]:
         """What can run and was asked for."""
         mine = ours(self.model) if self.asked.builtin else [ours(self.model)[0]]
-        mine += [_given(one) for one in self.asked.ours]
+        mine += [given_candidate(one) for one in self.asked.ours]
         found = {}
         for one in [*mine, *peers(self.asked.peers, self.model)]:
             chosen = one.name == REFERENCE or not self.asked.only
@@ -347,22 +347,6 @@ def model_size(path: Path) -> int:
 def vars_of(figure: Figure) -> dict[str, float]:
     """Plain values of a figure."""
     return {"median": figure.median, "least": figure.least, "most": figure.most}
-
-
-def _given(words: str) -> Candidate:
-    """Read `NAME=FOLDER[,option=value...]`; options are `lmopt.Runtime`'s, and `precision`."""
-    name, _, rest = words.partition("=")
-    place, *options = rest.split(",")
-    if not rest or not Path(place).exists():
-        raise SystemExit(
-            f"--ours {words}: expected NAME=FOLDER[,option=value ...], and the folder must exist"
-        )
-    more: dict[str, Any] = {}
-    for one in options:
-        key, _, value = one.partition("=")
-        more[key] = int(value) if value.isdigit() else value
-    precision = str(more.pop("precision", "float32" if "fp32" in name or "float32" in name else "quantized"))
-    return our_candidate(name, Path(place).resolve(), precision, **{"backend": "onnxruntime", **more})
 
 
 def arguments() -> argparse.Namespace:

@@ -13,41 +13,24 @@ import argparse
 import json
 import os
 import re
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from harness.candidates import PEERS_FOLDER, Candidate, model_key
-from harness.worker import Worker, WorkerError, busy_s
+from harness.candidates import PEERS_FOLDER, Candidate, given_candidate, model_key, our_candidate
+from harness.worker import Worker, WorkerError, in_turn
 
 from lmopt.evaluation import Figure
 from lmopt.interop.references import word_errors
 from lmopt.platform import machine, usable_cpus
 from lmopt.speech import read_audio
 
+_OURS = "lmopt_applications_peer.py"
+
 
 def candidates(asked: argparse.Namespace) -> list[Candidate]:
     """What can be timed: the model in eager mode, what was given, and the peer."""
-    mine: dict[str, Any] = {
-        "script": "lmopt_applications_peer.py",
-        "python": Path(sys.executable),
-        "ours": True,
-    }
-    found = [
-        Candidate(
-            path=asked.model, name="lmopt torch fp32", precision="", options={"backend": "torch"}, **mine
-        )
-    ]
-    for words in asked.ours:
-        name, _, rest = words.partition("=")
-        place, *options = rest.split(",")
-        more: dict[str, Any] = dict(one.split("=", 1) for one in options)
-        found.append(
-            Candidate(
-                path=Path(place), name=name, precision="", options={"backend": "onnxruntime", **more}, **mine
-            )
-        )
+    found = [our_candidate("lmopt torch fp32", asked.model, "float32", script=_OURS, backend="torch")]
+    found += [given_candidate(words, script=_OURS) for words in asked.ours]
     converted = asked.peers / "models" / model_key(asked.model) / "ctranslate2-fp32"
     found += [
         Candidate(
@@ -101,19 +84,13 @@ def main() -> None:
             except WorkerError as error:
                 print(f"missing: {one.name}: {error}")
                 workers.pop(one.name, None)
-        for number in range(asked.rounds):
-            for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
-                worker = workers[name]
-                worker.resume()
-                used, everyone = worker.cpu_s, busy_s()
-                found = worker.ask(
-                    "transcribe", files=[str(file) for file in files], num_beams=asked.num_beams
-                )
-                share = (busy_s() - everyone - worker.cpu_s + used) / found["seconds"] / usable_cpus()
-                worker.pause()
-                busy.append(max(0.0, share))
-                times.setdefault(name, []).append(found["seconds"])
-                texts[name] = " ".join(found["texts"])
+        for _, name, worker in in_turn(workers, asked.rounds):
+            found, share = worker.timed(
+                "transcribe", files=[str(file) for file in files], num_beams=asked.num_beams
+            )
+            busy.append(share)
+            times.setdefault(name, []).append(found["seconds"])
+            texts[name] = " ".join(found["texts"])
         peaks = {name: worker.peak_bytes for name, worker in workers.items()}
         versions = {key: value for worker in workers.values() for key, value in worker.versions.items()}
     finally:

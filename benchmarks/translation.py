@@ -14,20 +14,20 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness.candidates import PEERS_FOLDER, Candidate
-from harness.worker import Worker, WorkerError, busy_s
+from harness.candidates import PEERS_FOLDER, Candidate, our_candidate
+from harness.worker import Worker, WorkerError, in_turn
 
 import lmopt
 from lmopt.compression import Quantize
 from lmopt.evaluation import Figure
 from lmopt.platform import machine, usable_cpus
 
+_OURS = "lmopt_applications_peer.py"
 _VOCABULARY = 32_000
 
 
@@ -123,12 +123,9 @@ def main() -> None:
     asked.folder.mkdir(parents=True, exist_ok=True)
     model = make_model(asked.folder)
     exported = make_ours(asked.folder, model)
-    mine: dict[str, Any] = {"script": "lmopt_applications_peer.py", "python": Path(sys.executable)}
-    programs = [
-        Candidate("lmopt torch", path=model, precision="float32", options={"backend": "torch"}, **mine)
-    ]
+    programs = [our_candidate("lmopt torch", model, "float32", script=_OURS, backend="torch")]
     programs += [
-        Candidate(f"lmopt {kind}", path=path, precision=kind, options={"backend": "onnxruntime"}, **mine)
+        our_candidate(f"lmopt {kind}", path, kind, script=_OURS, backend="onnxruntime")
         for kind, path in exported.items()
     ]
     try:
@@ -180,20 +177,15 @@ def run(workers: dict[str, Worker], batch: int, beams: int, asked: argparse.Name
     speeds: dict[str, list[float]] = {name: [] for name in workers}
     tokens: dict[str, list[list[int]]] = {name: [] for name in workers}
     others: list[float] = []
-    for number in range(asked.rounds + 1):
-        sources = draw_sources(batch, seed=number)
-        for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
-            worker = workers[name]
-            worker.resume()
-            used, everyone = worker.cpu_s, busy_s()
-            found = worker.ask("translate", sources=sources, new_tokens=asked.new, num_beams=beams)
-            share = (busy_s() - everyone - worker.cpu_s + used) / found["seconds"] / usable_cpus()
-            worker.pause()
-            tokens[name] += found["tokens"]
-            # The first round warms up.
-            if number:
-                speeds[name].append(batch * asked.new / found["seconds"])
-                others.append(max(0.0, share))
+    for number, name, worker in in_turn(workers, asked.rounds + 1):
+        found, share = worker.timed(
+            "translate", sources=draw_sources(batch, seed=number), new_tokens=asked.new, num_beams=beams
+        )
+        tokens[name] += found["tokens"]
+        # The first round warms up.
+        if number:
+            speeds[name].append(batch * asked.new / found["seconds"])
+            others.append(share)
     first = tokens["lmopt torch"]
     return {
         name: {

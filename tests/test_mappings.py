@@ -32,11 +32,8 @@ def test_only_clean_mappings_of_the_file_are_found():
 def test_pages_go_and_come_back_as_they_were(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(256)) * 4096)
-    with (
-        opening([path]) as forget,
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped,
-    ):
+    forget = opening([path])
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         before = bytes(mapped)
         assert resident(path) == 1024
         forget()
@@ -54,9 +51,8 @@ def test_a_file_that_is_opened_again_is_left_alone(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     for path in (first, second):
         path.write_bytes(bytes(1 << 20))
+    forget, forget_again = opening([first, second]), opening([first])
     with (
-        opening([first, second]) as forget,
-        opening([first]) as forget_again,
         first.open("rb") as one,
         second.open("rb") as other,
         mmap.mmap(one.fileno(), 0, access=mmap.ACCESS_READ) as left,

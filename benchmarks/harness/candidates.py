@@ -64,9 +64,29 @@ def ours(model: Path) -> list[Candidate]:
     ]
 
 
-def our_candidate(name: str, path: Path, precision: str, **options: Any) -> Candidate:
+def our_candidate(
+    name: str, path: Path, precision: str, *, script: str = "lmopt_peer.py", **options: Any
+) -> Candidate:
     """Run lmopt on a folder, with options of `lmopt.Runtime`."""
-    return Candidate(name, "lmopt_peer.py", Path(sys.executable), path, precision, ours=True, options=options)
+    return Candidate(name, script, Path(sys.executable), path, precision, ours=True, options=options)
+
+
+def given_candidate(words: str, *, script: str = "lmopt_peer.py") -> Candidate:
+    """Read `NAME=FOLDER[,option=value...]`; options are `lmopt.Runtime`'s, and `precision`."""
+    name, _, rest = words.partition("=")
+    place, *options = rest.split(",")
+    if not rest or not Path(place).exists():
+        raise SystemExit(
+            f"--ours {words}: expected NAME=FOLDER[,option=value ...], and the folder must exist"
+        )
+    more: dict[str, Any] = {}
+    for one in options:
+        key, _, value = one.partition("=")
+        more[key] = int(value) if value.isdigit() else value
+    precision = str(more.pop("precision", "float32" if "fp32" in name or "float32" in name else "quantized"))
+    return our_candidate(
+        name, Path(place).resolve(), precision, script=script, **{"backend": "onnxruntime", **more}
+    )
 
 
 def peers(root: Path, model: Path) -> list[Candidate]:

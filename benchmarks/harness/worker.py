@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +15,7 @@ import numpy as np
 
 from harness.candidates import Candidate
 from lmopt.evaluation import Lap, peak_memory_bytes, reset_peak, resident_memory_bytes
+from lmopt.platform import usable_cpus
 
 PEERS = Path(__file__).parents[1] / "peers"
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -88,6 +89,13 @@ class Worker:
         if "problem" in reply:
             raise WorkerError(reply["problem"])
         return reply
+
+    def timed(self, order: str, **details: Any) -> tuple[dict[str, Any], float]:
+        """Give an order; give its reply, and the share of the machine's CPU time that others took meanwhile."""
+        used, busy = self.cpu_s, busy_s()
+        found = self.ask(order, **details)
+        others = busy_s() - busy - (self.cpu_s - used)
+        return found, max(0.0, others) / (found["seconds"] * usable_cpus())
 
     def lap(self, prompts: list[list[int]], new_tokens: int) -> Lap:
         """Generate once."""
@@ -165,6 +173,19 @@ class Worker:
     ) -> None:
         """End it."""
         self.close()
+
+
+def in_turn(workers: Mapping[str, Worker], rounds: int) -> Iterator[tuple[int, str, Worker]]:
+    """Let stopped programs go on in turn, round by round, in the other order every other round.
+
+    Yields:
+        Number of the round, name of the program, and the program, which is stopped again afterwards.
+    """
+    for number in range(rounds):
+        for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
+            workers[name].resume()
+            yield number, name, workers[name]
+            workers[name].pause()
 
 
 def real_time() -> None:

@@ -3,18 +3,12 @@
 import json
 from typing import Any
 
-from protocol import serve, version_of
+from ctranslate2_peer import Ctranslate2Peer
+from protocol import serve
 
 
-class Ctranslate2TranslatorPeer:
+class Ctranslate2TranslatorPeer(Ctranslate2Peer):
     """A folder with `model.bin` and `shared_vocabulary.json`."""
-
-    def imports(self) -> dict[str, str]:
-        """Import CTranslate2."""
-        import ctranslate2
-
-        del ctranslate2
-        return version_of("ctranslate2")
 
     def load(self, path: str, *, threads: int | None, compute_type: str = "default") -> dict[str, Any]:
         """Open the folder."""

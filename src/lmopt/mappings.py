@@ -69,8 +69,7 @@ _maps = Counter[str]()
 _maps_lock = threading.Lock()
 
 
-@contextlib.contextmanager
-def opening(files: Iterable[Path]) -> Iterator[Callable[[], None]]:
+def opening(files: Iterable[Path]) -> Callable[[], None]:
     """Tell that an engine is about to map files; what is given, once they are read, drops their pages.
 
     A mapping may only be dropped while nobody unmaps it: its addresses may belong to other memory a moment later,
@@ -80,7 +79,7 @@ def opening(files: Iterable[Path]) -> Iterator[Callable[[], None]]:
     Args:
         files: Files that will be mapped.
 
-    Yields:
+    Returns:
         A function without arguments, to be called while the mappings are in use.
     """
     names = {str(path.resolve()) for path in files}
@@ -93,7 +92,7 @@ def opening(files: Iterable[Path]) -> Iterator[Callable[[], None]]:
             if alone:
                 drop_unwritten(lambda one: one.path in alone)
 
-    yield forget
+    return forget
 
 
 def return_freed() -> None:

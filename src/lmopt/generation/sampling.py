@@ -119,20 +119,18 @@ def draw(choice: Choice, uniform: float) -> int:
     return index if choice.ids is None else int(choice.ids[index])
 
 
-def log_normalizer(scores: FloatArray) -> float:
-    """Log of the sum of exponentials of `(vocab_size,)` scores."""
+def log_normalizer(scores: FloatArray, out: FloatArray | None = None) -> float:
+    """Log of the sum of exponentials of `(vocab_size,)` scores; `out` is memory to work in."""
     best = scores.max()
-    return float(best) + math.log(float(np.exp(scores - best).sum()))
+    return float(best) + math.log(float(_weights(scores, best, out).sum()))
 
 
 def log_probabilities(logits: FloatArray) -> FloatArray:
     """Log-softmax of each row of `(rows, vocab_size)` logits, a row at a time so that none depends on another."""
     found: FloatArray = np.empty_like(logits)
     for line, result in zip(logits, found, strict=True):
-        best = line.max()
         # The result's own memory holds what is summed, and then the result.
-        total = float(_weights(line, best, out=result).sum())
-        np.subtract(line, np.float32(float(best) + math.log(total)), out=result)
+        np.subtract(line, np.float32(log_normalizer(line, out=result)), out=result)
     return found
 
 

@@ -66,19 +66,19 @@ class Graph:
             request.artifact.file(name) for name in self._record.get("files", ())
         ]  # verifies their hashes
         self.signature = Signature.from_graph(*(_in_float32(specs) for specs in onnx_boundary(self._path)))
-        with opening(files) as forget:
-            model = self._read()
-            if keep_weights_small(model) and self.settings.group_size:
-                raise UnsupportedOptionError(
-                    "dynamic_quantization_group_size has no effect on weights with float offsets, which this artefact "
-                    "has; leave it out, or quantize with whole zeros (zero='integer', symmetric=True)"
-                )
-            self.chooses = choose_positions(model)
-            self.fused = self._record.get("dtype") == "float32" and keep_cache_inside(model, self.signature)
-            self._compiled = self._compile(model)
-            del model
-            # Most products have laid their weights out anew by now; what is mapped still comes back when it is read.
-            forget()
+        forget = opening(files)
+        model = self._read()
+        if keep_weights_small(model) and self.settings.group_size:
+            raise UnsupportedOptionError(
+                "dynamic_quantization_group_size has no effect on weights with float offsets, which this artefact "
+                "has; leave it out, or quantize with whole zeros (zero='integer', symmetric=True)"
+            )
+        self.chooses = choose_positions(model)
+        self.fused = self._record.get("dtype") == "float32" and keep_cache_inside(model, self.signature)
+        self._compiled = self._compile(model)
+        del model
+        # Most products have laid their weights out anew by now; what is mapped still comes back when it is read.
+        forget()
         self.layers = executed(self._compiled)
         check_precision(self.layers, self.settings.dtype)
 

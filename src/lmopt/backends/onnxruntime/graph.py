@@ -176,10 +176,8 @@ def open_session(
     files = [name for name in artifact.manifest["formats"]["onnx"].get("files", ()) if name != file]
     # Of several graphs each has its weights in a file of its own name; others may lie anywhere.
     own = [name for name in files if name.startswith(file)] or files
-    with (
-        opening(artifact.path / name for name in own) as forget,
-        ThreadPoolExecutor(1, "lmopt-verify") as pool,
-    ):
+    forget = opening(artifact.path / name for name in own)
+    with ThreadPoolExecutor(1, "lmopt-verify") as pool:
         verified = [pool.submit(artifact.file, name) for name in own]
         try:
             if widened:
@@ -193,9 +191,9 @@ def open_session(
             raise
         for one in verified:
             one.result()
-        # Most kernels have laid their weights out anew by now, and of a matrix that is looked up as well, as a
-        # tied embedding is, a text reads a few rows.
-        forget()
+    # Most kernels have laid their weights out anew by now, and of a matrix that is looked up as well, as a
+    # tied embedding is, a text reads a few rows.
+    forget()
     return session
 
 

@@ -68,9 +68,10 @@ def find_weights(module: nn.Module, vocab_size: int) -> list[Weight]:
 
 def _is_table(part: Any, embedding: Any, vocab_size: int) -> bool:
     """Say whether an embedding is that of the tokens, or has its weight: those of an encoder and a decoder may."""
-    if part is embedding or embedding is None:
-        return part is embedding or part.num_embeddings == vocab_size
-    return isinstance(embedding, nn.Embedding) and part.weight.data_ptr() == embedding.weight.data_ptr()
+    if embedding is None:
+        return bool(part.num_embeddings == vocab_size)
+    shared = isinstance(embedding, nn.Embedding) and part.weight.data_ptr() == embedding.weight.data_ptr()
+    return part is embedding or shared
 
 
 def replace_weights(
