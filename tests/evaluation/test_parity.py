@@ -16,7 +16,6 @@ from lmopt.errors import (
     UnsupportedError,
     UnsupportedOptionError,
 )
-from lmopt.evaluation import cases
 from lmopt.evaluation.cases import make_rows
 from lmopt.evaluation.divergence import LogitsDifference, compare_logits
 from lmopt.evaluation.parity import Examination, engine_reference, engine_rounding, measure, require
@@ -386,17 +385,21 @@ def test_an_engine_tells_its_own_rounding():
     assert found[14:] == pytest.approx(0.25, abs=1e-5)
 
 
-def test_a_row_is_forgotten_once_no_case_needs_it(monkeypatch):
-    monkeypatch.setattr(cases, "_BATCH_LOGIT_BYTES", 4 * 4 * 33 * 96)  # too little for the longest row
-    kept = []
-    examination = Examination(
-        reference(),
-        facts=healthy().facts,
-        progress=lambda done, total: kept.append(sorted(examination._logits)),
-    )
+def test_what_the_reference_said_is_out_of_memory_while_the_candidate_runs():
+    given, said = [], reference()
+
+    def watched(ids):
+        logits = said(ids)
+        given.append(weakref.ref(logits))
+        return logits
+
+    def alive(done, total):
+        assert not any(one() is not None for one in given)
+
+    examination = Examination(watched, facts=healthy().facts, progress=alive)
+    assert given
     examination.run(healthy())
-    everything, short = [0, 1, 2, 3, 4], [0, 1, 2, 3]
-    assert kept == [everything, everything, everything, short, short, short, []]
+    examination._progress = None  # the reference is asked again
     assert examination.report().ok
 
 

@@ -347,7 +347,6 @@ class Case(NamedTuple):
     run: Callable[[Engine, Sequence[Row]], Iterator[Seen]]
 
 
-# Those that run the longest rows come first: what the reference said of them is not kept for longer.
 CASES: Final[Mapping[str, Case]] = MappingProxyType(
     {
         "prefill": Case(_all, prefill),

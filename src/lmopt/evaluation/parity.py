@@ -18,6 +18,7 @@ from lmopt.errors import ParityError, ShapeError
 from lmopt.evaluation.cases import Row, Seen, cases_for, encoded, greedy, make_rows
 from lmopt.evaluation.divergence import DifferenceMeter
 from lmopt.evaluation.report import CaseResult, ParityReport
+from lmopt.evaluation.shelf import Shelf
 from lmopt.evaluation.tolerances import Tolerance, tolerance_for
 from lmopt.generation.cohorts import for_unequal_rows
 from lmopt.generation.sources import begin
@@ -155,7 +156,9 @@ class Examination:
             self._encoded = {row.number: encoded(row.source) for row in self._rows if row.source is not None}
         longest = max(self._rows, key=lambda row: len(row.ids))
         self._oracle = _Oracle(reference, rounding, _median(rounding, longest), facts, self._limits)
-        self._logits = {row.number: self._oracle.logits(row.ids, row) for row in self._rows}
+        self._shelf = Shelf()
+        for row in self._rows:
+            self._shelf.put(row.number, self._oracle.logits(row.ids, row))
         self._new_tokens = max(1, new_tokens)
         self._progress = progress
         self._ids = "random" if prompts is None else "text"
@@ -177,16 +180,14 @@ class Examination:
         slacks = {row.number: self._oracle.slack(row.ids, row) for row in self._rows}
         vocab = candidate.facts.vocab_size
         self._compare_encoded(candidate)
-        chosen = [case.choose(self._rows, vocab) for case in self._cases.values()]
         for number, (name, case) in enumerate(self._cases.items()):
             self._tell(number)
             meter = self._meters[name] = DifferenceMeter(self._limits)
-            for seen in case.run(engine, chosen[number]):
-                _judge(meter, self._logits[seen.row], seen, slacks[seen.row])
+            for seen in case.run(engine, case.choose(self._rows, vocab)):
+                expected = self._shelf.read(seen.row, seen.start, len(seen.logits))
+                _judge(meter, expected, seen, slacks[seen.row])
                 # Logits are the largest arrays by far: none is to live on during the next call.
-                del seen
-            needed = {row.number for rows in chosen[number + 1 :] for row in rows}
-            self._logits = {row: logits for row, logits in self._logits.items() if row in needed}
+                del seen, expected
         self._tell(len(self._cases))
         self._greedy = greedy(engine, self._rows[:4], self._new_tokens)
         says = candidate.report()
@@ -205,7 +206,8 @@ class Examination:
         read, steps = self._greedy
         for seen in steps:
             ids, row = read[seen.row], self._rows[seen.row]
-            _judge(meter, self._oracle.logits(ids, row), seen, self._oracle.slack(ids, row))
+            expected = self._oracle.logits(ids, row)[seen.start : seen.start + len(seen.logits)]
+            _judge(meter, expected, seen, self._oracle.slack(ids, row))
         cases = [CaseResult.judge(name, one.result(), self._limits) for name, one in self._meters.items()]
         self._tell(len(self._cases) + 1)
         return ParityReport(
@@ -350,4 +352,4 @@ class _Oracle:
 def _judge(meter: DifferenceMeter, expected: FloatArray, seen: Seen, slack: _Slack) -> None:
     place = slice(seen.start, seen.start + len(seen.logits))
     # The meter may keep what gives the slack: it must not hold on to the logits.
-    meter.update(expected[place], seen.logits, lambda: slack()[place])
+    meter.update(expected, seen.logits, lambda: slack()[place])
