@@ -6,7 +6,7 @@ from lmopt.tuning.probe import Probe
 from lmopt.tuning.space import Candidate
 from lmopt.tuning.weights import ModelShape
 
-# Files also hold a tokenizer and, in graphs, scales of 32 bits: a bound from below needs none of it.
+# Files also hold a tokenizer and, in portable graphs, scales of 32 bits: a bound from below needs none of it.
 _SURE: Final = 0.97
 # Memory may give more than the probe has seen, which something else may have slowed down.
 _FASTER: Final = 3.0

@@ -16,6 +16,7 @@ from lmopt.backends.torch.fused.edits import Edits
 from lmopt.backends.torch.fused.layout import drop_idle
 from lmopt.backends.torch.fused.operators import MICROSOFT
 from lmopt.backends.torch.graph import fold, name_boundary, name_encoder, tidy, translate
+from lmopt.backends.torch.half_scales import store_halves
 from lmopt.backends.torch.language_model import dtype_name
 from lmopt.backends.torch.lowering import Dialect, tracing_for
 from lmopt.backends.torch.portable_quantized import finish_portable
@@ -94,6 +95,8 @@ def export_both(
         if any(node.domain == MICROSOFT for node in model.graph):
             model.opset_imports[MICROSOFT], microsoft = 1, True
         refuse_recurrent_halves(request.module, model)
+        if target == "onnxruntime":
+            store_halves(model)
         data = f"{file}.data"
         ir.save(model, request.folder / file, external_data=data, size_threshold_bytes=1024)
         files += [one for one in (file, data) if (request.folder / one).exists()]

@@ -23,6 +23,7 @@ from lmopt.backends.torch.graph import (
     tidy,
     translate,
 )
+from lmopt.backends.torch.half_scales import store_halves
 from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name
 from lmopt.backends.torch.lowering import tracing_for
 from lmopt.backends.torch.portable_quantized import finish_portable
@@ -190,6 +191,8 @@ def _write(
     opset: int,
     target: str,
 ) -> dict[str, Any]:
+    if target == FUSED:
+        store_halves(model)
     ir.save(model, request.folder / GRAPH, external_data=DATA, size_threshold_bytes=1024)
     if target == FUSED:
         share_reshaped(request.folder / GRAPH)
