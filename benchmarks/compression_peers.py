@@ -10,10 +10,10 @@ puts environments and conversions. Peers:
   rows, as its own `llama-imatrix` gathers them, handed to its quantizer. Needs `venvs/llamacpp` and
   `models/KEY/llamacpp-f32.gguf`.
 - `nncf`: 4 bits in groups of 64 with AWQ and scale estimation, embedding and head in 8 bits, as its defaults have
-  them. Needs `venvs/nncf` (`pip install nncf openvino transformers`, and this torch).
+  them. Needs `venvs/nncf`.
 - `genai`: the weights of onnxruntime-genai's own builder (`int4`, its defaults). Needs `models/KEY/genai-int4`.
 - `torchao`: the scales of its AWQ observer and its int4 weights in groups of 64, each linear by itself. Needs
-  `venvs/torchao` (`pip install torchao`, and this torch). Its GPTQ runs on CUDA only.
+  `venvs/torchao`. Its GPTQ runs on CUDA only.
 
 Each peer's weights are dequantized and computed with in float (NNCF's by OpenVINO in float32, where AWQ's scales may be
 operators of their own; genai's by ONNX Runtime without rounded activations); lmopt then gets as many bytes for the same
@@ -150,9 +150,7 @@ def environment(peers: Path, name: str) -> Path:
     """Give the interpreter of a peer's environment."""
     python = peers / "venvs" / name / "bin/python"
     if not python.exists():
-        raise MissingError(
-            f"{python} is not there; python benchmarks/make_peers.py makes it, or a venv with {name}"
-        )
+        raise MissingError(f"{python} is not there; python benchmarks/make_peers.py --only {name} makes it")
     return python
 
 

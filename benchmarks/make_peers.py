@@ -1,4 +1,4 @@
-"""Install the peers that `generation.py` times lmopt against, and convert one model for each.
+"""Install the peers that the benchmarks hold lmopt against, and convert one model for each.
 
     python benchmarks/make_peers.py [MODEL] [--gguf FILE] [--folder FOLDER] [--only genai ...]
 
@@ -6,7 +6,8 @@ MODEL is a Hugging Face folder (default: SmolLM2-135M, fetched as by `lmopt demo
 virtual environment of its own below FOLDER, which needs a package index and some gigabytes of disk;
 llama.cpp is compiled for this very CPU, which needs a C++ compiler and minutes. The conversions use each
 peer's own tool with its default recipe. What is there already is kept; what fails is named with the
-reason, and the log tells more. Nothing is fetched from a model hub.
+reason, and the log tells more. Nothing is fetched from a model hub. `nncf` and `torchao`, whose weights
+`compression_peers.py` scores, are made when they are named by `--only`.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from lmopt.safefiles import check_gguf
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 GENAI = "onnxruntime-genai==0.18.0"
 CTRANSLATE2 = "ctranslate2==4.8.5"
+NNCF = "nncf==3.4.0"
 ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "genai": (GENAI,),
     "openvino": ("openvino-genai==2026.4.1.0",),
@@ -38,15 +40,18 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     # Only converts; it may have another transformers than lmopt's own environment.
     "convert": (
         "optimum-intel[openvino]==2.2.0",
-        "nncf==3.4.0",
+        NNCF,
         GENAI,
         CTRANSLATE2,
         "onnx-ir==1.1.0",
         "onnx",
         "sentencepiece",
     ),
+    "nncf": (NNCF, "openvino==2026.4.1", "transformers"),
+    "torchao": ("torchao", "transformers"),
 }
-PEERS = [name for name in ENVIRONMENTS if name != "convert"]
+WEIGHTS = ("nncf", "torchao")
+PEERS = [name for name in ENVIRONMENTS if name not in ("convert", *WEIGHTS)]
 # Number of llama.cpp's file type, by name.
 QUANTIZED = {"q8_0": 7, "q4_0": 2, "q4_1": 3}
 # GGUF type of most tensors -> name.
@@ -118,7 +123,7 @@ class Maker:
                 raise StepError("it is compiled, and there is no C++ compiler (c++, g++, clang++)")
             packages = [self.llama_source()]
             more = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF"}
-        if name == "convert":
+        if name in ("convert", *WEIGHTS):
             import torch
 
             packages.append(f"torch=={torch.__version__.partition('+')[0]}")
@@ -245,12 +250,13 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path, help="Hugging Face folder; default: SmolLM2-135M")
     parser.add_argument("--gguf", type=Path, help="GGUF file of the same model, timed as it is")
     parser.add_argument("--folder", type=Path, default=PEERS_FOLDER.expanduser())
-    parser.add_argument("--only", action="append", default=[], choices=PEERS)
+    parser.add_argument("--only", action="append", default=[], choices=[*PEERS, *WEIGHTS])
     asked = parser.parse_args()
     maker = Maker(asked.folder.resolve(), (asked.model or Path(fetch_smollm2(cache_folder()))).resolve())
     wanted = asked.only or PEERS
     steps: list[tuple[str, Callable[[], None]]] = [
-        (f"environment {name}", partial(maker.environment, name)) for name in [*wanted, "convert"]
+        (f"environment {name}", partial(maker.environment, name))
+        for name in [*wanted, *(["convert"] if set(wanted) - set(WEIGHTS) else [])]
     ]
     if asked.gguf:
         steps.append((f"GGUF file {asked.gguf.name}", lambda: maker.given_gguf(asked.gguf)))

@@ -14,7 +14,7 @@ import lmopt
 from lmopt.applications import Opinion
 from lmopt.errors import UnsupportedError, UnsupportedOptionError, VocabularyMismatchError
 from lmopt.generation.fusion import Fusion
-from lmopt.speech import LogMel, read_audio
+from lmopt.speech import LogMel, Segment, read_audio, segments
 from lmopt.speech.cutting import cut
 from lmopt.testing.models import tiny_gpt
 from lmopt.testing.seq2seq import VOCAB_SIZE, tiny_t5, tiny_whisper
@@ -91,6 +91,49 @@ def test_transcribe_hears_the_language_and_asks_for_the_task() -> None:
             rt.translate("w5")
 
 
+def test_transcribe_tells_when_it_is_said() -> None:
+    one_language = {"no_timestamps_token_id": 80, "eos_token_id": 2, "max_length": 14}
+    model = lmopt.Model.from_module(tiny_whisper(), tokenizer=WORDS, generation_config=one_language)
+    sound = np.random.default_rng(0).normal(size=(2, 6000)).astype(np.float32)
+    hear = LogMel(8, 40)
+    with lmopt.Runtime(model) as rt:
+        expected = []
+        for one in sound:
+            tokens = rt.generate(hear(one), decoder_input_ids=[3], return_timestamps=True).token_ids
+            assert tokens[0] > 80
+            assert 80 not in tokens
+            expected.append(segments(tokens, WORDS.decode, first_time=81, length_s=6000 / 16000))
+        assert expected[0]
+        assert rt.transcribe(list(sound), return_timestamps=True) == expected
+        assert rt.transcribe(sound[1], return_timestamps=True) == expected[1]
+        assert isinstance(rt.transcribe(sound[1]), str)
+        # Longer than the encoder takes: what is said later begins later.
+        long = np.concatenate([*sound, sound[0]])
+        heard, offset = [], 0
+        for piece in cut(long, 40 * 160, 16000):
+            for one in rt.transcribe(piece, return_timestamps=True):
+                shift = offset / 16000
+                heard.append(Segment(round(one.start_s + shift, 2), round(one.end_s + shift, 2), one.text))
+            offset += piece.size
+        found = rt.transcribe(long, return_timestamps=True)
+        assert [one.text for one in found] == [one.text for one in heard]
+        assert [one.start_s for one in found] == pytest.approx([one.start_s for one in heard], abs=0.011)
+        assert found[-1].start_s > 6000 / 16000
+        # A language model reads words, not times.
+        with lmopt.Runtime(lmopt.Model.from_module(tiny_gpt(), tokenizer=WORDS)) as lm:
+            opinion = Opinion(lm, 0.0)
+            beams = {"num_beams": 3, "return_timestamps": True}
+            assert rt.transcribe(sound[0], opinion=opinion, **beams) == rt.transcribe(sound[0], **beams)
+            with pytest.raises(UnsupportedOptionError, match="a language model knows no times"):
+                rt.transcribe(sound[0], opinion=Opinion(lm, 0.1, "fuse"), return_timestamps=True)
+    silent = lmopt.Model.from_module(tiny_whisper(), tokenizer=WORDS, generation_config={"eos_token_id": 2})
+    with (
+        lmopt.Runtime(silent) as rt,
+        pytest.raises(UnsupportedOptionError, match="needs no_timestamps_token_id"),
+    ):
+        rt.transcribe(sound[0], return_timestamps=True)
+
+
 def test_a_language_model_is_asked_for_its_opinion() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
@@ -145,13 +188,21 @@ def test_whisper_says_what_transformers_says(whisper_tiny: Path, librivox: Path)
     model = lmopt.Model.from_pretrained(whisper_tiny)
     with lmopt.Runtime(model) as rt:
         found = rt.transcribe(clips)
-    expected = []
+        timed = rt.transcribe(clips, return_timestamps=True)
+    expected, expected_times = [], []
     for clip in clips:
         features = torch.tensor(LogMel(80, 3000)(clip))[None]
         with torch.no_grad():
             ids = model.module.generate(features)[0]
+            parts = model.module.generate(features, return_timestamps=True, return_segments=True)["segments"][
+                0
+            ]
         expected.append(model.tokenizer.decode(ids.tolist()).strip())
+        spoken = [one for one in parts if model.tokenizer.decode(one["tokens"].tolist()).strip()]
+        expected_times.append([round(float(one["start"]), 2) for one in spoken])
     assert found == expected
+    assert [[one.start_s for one in several] for several in timed] == expected_times
+    assert all(0 <= one.start_s < one.end_s <= 30 for several in timed for one in several)
     said = re.sub(
         r"\(.*|</?s>", "", (librivox / "transcription").read_text(encoding="utf-8"), flags=re.MULTILINE
     )

@@ -1,17 +1,22 @@
-"""Encoder-decoders are compressed by steps that need no texts, and measured on pairs."""
+"""Encoder-decoders are compressed by steps that read nothing or pairs, and measured on pairs."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import lmopt
-from lmopt.compression import GPTQ, HQQ, Magnitude, Quantize
+from lmopt.backends.torch.calibration import stages
+from lmopt.compression import GPTQ, HQQ, Calibration, DropBlocks, Magnitude, Quantize, SparseGPT
+from lmopt.compression.step import Setting
 from lmopt.compressor import Compressor, compare_models
 from lmopt.errors import InputError, UnsupportedError
+from lmopt.pairs import pairs
 from lmopt.testing.models import tiny_gpt
 from lmopt.testing.seq2seq import tiny_bart, tiny_t5, tiny_whisper
+from lmopt.types import SourceFacts
 
 SOURCES = [[5, 6, 7, 8, 1], [9, 10, 1]]
 
@@ -61,10 +66,72 @@ def test_a_compressed_one_is_saved_and_exported(build, tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+def many_sources(facts: SourceFacts) -> list[np.ndarray]:
+    random = np.random.default_rng(3)
+    if facts.kind == "features":
+        return [random.normal(size=(facts.size, facts.length)).astype(np.float32) for _ in range(12)]
+    return [random.integers(4, facts.size, size) for size in range(6, 30)]
+
+
+@pytest.mark.parametrize("build", [tiny_t5, tiny_bart, tiny_whisper])
+def test_what_linears_read_after_sources_is_what_they_read_in_the_model(build) -> None:
+    model = lmopt.Model.from_module(build())
+    facts = model.facts.source
+    sources, rows = pairs(model, many_sources(facts), None)
+    wanted = [path for path, part in model.module.named_modules() if type(part) is nn.Linear]
+    seen: dict[str, list[np.ndarray]] = {path: [] for path in wanted}
+    hooks = [
+        model.module.get_submodule(path).register_forward_pre_hook(
+            lambda part, args, path=path: seen[path].append(args[0].flatten(0, -2).double().numpy())
+        )
+        for path in wanted
+    ]
+    with torch.no_grad():
+        for source, row in zip(sources, rows, strict=True):
+            name = "input_features" if facts.kind == "features" else "input_ids"
+            model.module(**{name: torch.tensor(source)[None]}, decoder_input_ids=torch.tensor(row)[None])
+    for hook in hooks:
+        hook.remove()
+    setting = Setting(model.facts.vocab_size, rows, sources, current=model)
+    found = {}
+    for stage in stages(model.module, setting, wanted):
+        found |= stage.statistics
+    assert any(path.startswith("encoder.") or ".encoder." in path for path in found)
+    assert any("decoder." in path for path in found)
+    assert found.keys() == {path for path in wanted if seen[path]}
+    for path, one in found.items():
+        x = np.concatenate(seen[path])
+        assert one.tokens == len(x), path
+        assert np.allclose(one.gram, x.T @ x / len(x), rtol=1e-3, atol=1e-5), path
+
+
+@pytest.mark.parametrize("build", [tiny_t5, tiny_whisper])
+def test_a_step_that_reads_loses_less_than_one_that_does_not(build) -> None:
+    model = lmopt.Model.from_module(build())
+    given = many_sources(model.facts.source)
+    judged = {"sources": given[1::2]}
+    losses = []
+    for step, calibration in (
+        (Quantize(3, 16), None),
+        (GPTQ(3, 16), Calibration(None, sources=given[::2])),
+        (Magnitude(0.5), None),
+        (SparseGPT(0.5), Calibration(None, sources=given[::2])),
+    ):
+        small = Compressor([step]).compress(model, calibration=calibration, **judged)
+        losses.append(small.report.difference.kl_mean)
+    assert losses[1] < 0.8 * losses[0]
+    assert losses[3] < 0.8 * losses[2]
+
+
 def test_what_cannot_be_measured_or_done_is_refused() -> None:
     model = lmopt.Model.from_module(tiny_t5())
-    with pytest.raises(UnsupportedError, match="step 'gptq' needs that"):
-        Compressor([GPTQ(bits=4, group_size=16)]).compress(model, sources=SOURCES)
+    for calibration in (None, ["a text"], Calibration(None)):
+        with pytest.raises(
+            InputError, match=r"step 'gptq' must see .* read: give compress\(model, calibration=Cal"
+        ):
+            Compressor([GPTQ(bits=4, group_size=16)]).compress(model, calibration=calibration)
+    with pytest.raises(UnsupportedError, match="step 'drop_blocks' does not take encoder-decoders"):
+        Compressor([DropBlocks(count=1)]).compress(model, calibration=Calibration(None, sources=SOURCES))
     with pytest.raises(UnsupportedError, match="leave calibration out"):
         Compressor([Quantize(8, 16)]).compress(model, calibration=["a text"])
     with pytest.raises(InputError, match="1 texts and 2 sources"):

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final, Literal
 
@@ -13,7 +13,7 @@ from lmopt.generation import GenerationConfig
 from lmopt.generation.config import DEFAULT_NEW_TOKENS
 from lmopt.generation.fusion import Fusion
 from lmopt.generation.rescoring import rescored, start_token
-from lmopt.speech import LogMel, SpeechTask, read_audio
+from lmopt.speech import LogMel, Segment, SpeechTask, read_audio, segments
 from lmopt.tokenizer import Tokenizer
 from lmopt.types import FloatArray, ModelFacts
 
@@ -86,7 +86,7 @@ class Applications:
             room = (self.facts.context_length or sys.maxsize) - len(decoder_input_ids or [0])
             longest = 2 * max(len(one) for one in sources) + DEFAULT_NEW_TOKENS
             settings = settings.with_options(max_new_tokens=min(longest, room))
-        found = self._texts(sources, settings, decoder_input_ids, opinion)
+        found = [_text(one) for one in self._written(sources, settings, decoder_input_ids, opinion)]
         return found if many else found[0]
 
     def transcribe(
@@ -109,24 +109,27 @@ class Applications:
                 hear it for itself, clip by clip.
             task: `"transcribe"`, or `"translate"` into English, for models of several languages.
             opinion: A language model that is asked about the results.
-            **options: As for `generate`.
+            **options: As for `generate`. With `return_timestamps=True` the model writes times too, and what comes
+                back tells when each stretch of text is said.
 
         Returns:
-            A text, or a list of them.
+            A text, or with `return_timestamps` a list of `lmopt.speech.Segment`; a list of these for a list of
+            sounds.
 
         Raises:
             UnsupportedError: The model reads no log-mel features.
-            UnsupportedOptionError: The model has no such language or task.
+            UnsupportedOptionError: The model has no such language or task, or writes no times.
         """
         source = self.facts.source
         if source is None or source.kind != "features" or source.length is None:
             raise UnsupportedError(f"{self._source} has no encoder that reads log-mel features of sound")
         many = isinstance(audio, Sequence) and not isinstance(audio, str)
         hear = LogMel(source.size, source.length)
-        clips = [
-            hear.pieces(read_audio(one, hear.sampling_rate) if isinstance(one, str | os.PathLike) else one)
+        sounds = [
+            hear.cuts(read_audio(one, hear.sampling_rate) if isinstance(one, str | os.PathLike) else one)
             for one in (audio if many else [audio])
         ]
+        clips = [[hear(one) for one in pieces] for pieces in sounds]
         asked = SpeechTask.of(source.start_token_id, self._need_tokenizer(), self._defaults)
         spoken = [language] * len(clips)
         if language is None and asked.languages and clips:
@@ -134,10 +137,40 @@ class Applications:
         settings = self._config(config, options)
         if settings.max_new_tokens is None and settings.max_length is None:
             settings = settings.with_options(max_length=self.facts.context_length)
-        prompts = [asked.prompt(one, task) for one, pieces in zip(spoken, clips, strict=True) for _ in pieces]
-        parts = iter(self._texts([one for pieces in clips for one in pieces], settings, prompts, opinion))
-        texts = [" ".join(text for text in islice(parts, len(pieces)) if text) for pieces in clips]
-        return texts if many else texts[0]
+        timed = settings.return_timestamps
+        prompts = [
+            asked.prompt(one, task, timestamps=timed)
+            for one, pieces in zip(spoken, clips, strict=True)
+            for _ in pieces
+        ]
+        written = iter(self._written([one for pieces in clips for one in pieces], settings, prompts, opinion))
+        found: list[Any]
+        if timed:
+            rate = hear.sampling_rate
+            found = [
+                self._segments(pieces, [next(written) for _ in pieces], settings, rate) for pieces in sounds
+            ]
+        else:
+            texts = [[_text(one) for one in islice(written, len(pieces))] for pieces in clips]
+            found = [" ".join(text for text in several if text) for several in texts]
+        return found if many else found[0]
+
+    def _segments(
+        self, pieces: Sequence[Any], written: Sequence[Any], config: GenerationConfig, sampling_rate: int
+    ) -> list[Segment]:
+        """Put together what has been written of the pieces of one sound."""
+        assert config.no_timestamps_token_id is not None
+        tokenizer, found, heard = self._need_tokenizer(), list[Segment](), 0
+        for piece, one in zip(pieces, written, strict=True):
+            found += segments(
+                one.token_ids,
+                lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+                first_time=config.no_timestamps_token_id + 1,
+                offset_s=heard / sampling_rate,
+                length_s=piece.size / sampling_rate,
+            )
+            heard += piece.size
+        return found
 
     def _languages(self, clips: Sequence[FloatArray], asked: SpeechTask) -> list[str | None]:
         """Hear which language is spoken in each clip."""
@@ -145,9 +178,9 @@ class Applications:
         found: Any = self.logits([[asked.start]] * len(clips), sources=list(clips))
         return [names[int(one[-1, tokens].argmax())] for one in found]
 
-    def _texts(
+    def _written(
         self, sources: list[Any], config: GenerationConfig, prompts: Any, opinion: Opinion | None
-    ) -> list[str]:
+    ) -> list[Any]:
         """Generate texts from sources, and warn of those that were cut off."""
         found: list[Any]
         if not sources:
@@ -158,6 +191,8 @@ class Applications:
             beams = config.num_beams if config.num_beams > 1 else _RESCORED_BEAMS
             wide = config.with_options(num_beams=beams, num_return_sequences=beams)
             lists = self.generate(sources, wide, decoder_input_ids=prompts)
+            if config.return_timestamps:
+                lists = [[self._without_times(one, config) for one in several] for several in lists]
             judged = rescored(
                 lists,
                 opinion.language_model,
@@ -167,16 +202,32 @@ class Applications:
             )
             found = [one[0] for one in judged]
         else:
-            found = self.generate(sources, config, decoder_input_ids=prompts, fusion=self._fusion(opinion))
+            found = self.generate(
+                sources,
+                config,
+                decoder_input_ids=prompts,
+                fusion=self._fusion(opinion, timed=config.return_timestamps),
+            )
         cut = [place for place, one in enumerate(found) if one.finish_reason == "length"]
         if cut:
             _logger.warning(
                 "%d of %d texts reached the limit before their end, the first of source %d: pass max_new_tokens",
                 len(cut), len(found), cut[0],
             )  # fmt: skip
-        return [(one.text or "").strip() for one in found]
+        return found
 
-    def _fusion(self, opinion: Opinion) -> Fusion:
+    def _without_times(self, one: Any, config: GenerationConfig) -> Any:
+        """Leave the tokens of time out of the text, which a language model is to read."""
+        assert config.no_timestamps_token_id is not None
+        words = [token for token in one.token_ids if token <= config.no_timestamps_token_id]
+        return replace(one, text=self._need_tokenizer().decode(words, skip_special_tokens=True))
+
+    def _fusion(self, opinion: Opinion, *, timed: bool) -> Fusion:
+        if timed:
+            raise UnsupportedOptionError(
+                "return_timestamps=True with method='fuse': a language model knows no times. Let it choose among whole "
+                "texts instead: method='rescore'"
+            )
         if opinion.method != "fuse" or opinion.word_bonus:
             raise UnsupportedOptionError(
                 f"method={opinion.method!r}, word_bonus={opinion.word_bonus}; expected 'rescore', or 'fuse' without "
@@ -212,3 +263,7 @@ class Applications:
 
     def _need_tokenizer(self) -> Tokenizer:
         raise NotImplementedError
+
+
+def _text(one: Any) -> str:
+    return (one.text or "").strip()

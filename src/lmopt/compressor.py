@@ -18,7 +18,7 @@ from lmopt.generation import GenerationConfig, generate
 from lmopt.model import Model
 from lmopt.pairs import after, pairs
 from lmopt.registry import backends
-from lmopt.types import IntArray
+from lmopt.types import AnyArray, IntArray
 
 # Rows that a model writes at once, where it writes its own calibration texts.
 _WRITTEN_AT_ONCE: Final = 16
@@ -73,7 +73,8 @@ class Compressor:
             model: The model; it is left as it is.
             calibration: What the model reads while steps that need it work: texts, a text file's path, or
                 a `Calibration` with sizes and seed. `Calibration(None)` lets the model write it. A model
-                without a tokenizer reads seeded random ids where it is `None`.
+                without a tokenizer reads seeded random ids where it is `None`. An encoder-decoder needs
+                `Calibration(texts, sources=[...])`.
             texts: Texts to measure the loss on, some thousand tokens for figures that settle; not those of
                 the calibration. Where `None`, lmopt's few built-in ones.
             sources: For an encoder-decoder, which is measured on pairs: what its encoder reads before each of `texts`
@@ -92,14 +93,15 @@ class Compressor:
         """
         tell = progress or silent
         if model.facts.source is not None:
-            self._require_no_reading(model, calibration)
+            read, rows = self._pairs(model, calibration)
         elif sources is not None:
             raise UnsupportedError(f"{model.source} has no encoder; leave sources out")
-        rows = self._rows(model, calibration, tell)
+        else:
+            read, rows = [], self._rows(model, calibration, tell)
         small, errors = model, {}
         for step in self.steps:
             tell(step.name, 0, 1)
-            setting = Setting(small.facts.vocab_size, rows, tell, original=model, current=small)
+            setting = Setting(small.facts.vocab_size, rows, read, tell, original=model, current=small)
             apply = backends.load("torch", target=step.target)
             small = small.with_module(apply(small.module, step, setting), recipe=[step.to_dict()])
             errors.update(setting.errors)
@@ -117,14 +119,26 @@ class Compressor:
             warnings.warn(told, LossWarning, stacklevel=2)
         return small
 
-    def _require_no_reading(self, model: Model, calibration: object) -> None:
-        reading = [step.name for step in self.steps if step.needs_texts]
-        if reading or calibration is not None:
+    def _pairs(self, model: Model, given: Any) -> tuple[list[AnyArray], list[IntArray]]:
+        """Make what encoder and decoder read, if a step needs it."""
+        reading = [step for step in self.steps if step.needs_texts]
+        unable = [step.name for step in reading if not getattr(step, "reads_sources", False)]
+        if unable:
             raise UnsupportedError(
-                f"{model.source} is an encoder-decoder, which lmopt does not let read texts while it compresses: "
-                f"{f'step {reading[0]!r} needs that' if reading else 'leave calibration out'}. Steps that need no "
-                "texts: Quantize (rtn), HQQ, Magnitude, Cast"
+                f"step {unable[0]!r} does not take encoder-decoders, and {model.source} is one. Steps that do: GPTQ, "
+                "Wanda, SparseGPT, and without calibration Quantize (rtn), HQQ, Magnitude, Cast"
             )
+        if not reading:
+            if given is not None:
+                raise UnsupportedError("no step of this recipe reads texts; leave calibration out")
+            return [], []
+        if not isinstance(given, Calibration) or given.sources is None:
+            raise InputError(
+                f"step {reading[0].name!r} must see {model.source} read: give compress(model, calibration=Calibration("
+                "texts, sources=[...])) with what its encoder reads before each text (texts=None: it writes them "
+                "itself), or lmopt compress --calibration FILE with lines as for --pairs"
+            )
+        return pairs(model, given.sources, given.texts)
 
     def _rows(self, model: Model, given: Any, tell: Progress) -> list[IntArray]:
         """Make the calibration rows, if a step needs any."""

@@ -2,6 +2,7 @@
 
 import json
 import wave
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,16 @@ def test_transcribe(tmp_path: Path, call: Any) -> None:
     assert done.status == 0, done.stderr
     assert done.stdout.splitlines() == expected
     assert expected[0]
+    settings = folder / "generation_config.json"
+    told = json.loads(settings.read_text()) | {"no_timestamps_token_id": 80, "eos_token_id": 2}
+    settings.write_text(json.dumps(told))
+    with lmopt.Runtime(folder) as rt:
+        stretches = rt.transcribe(sound, return_timestamps=True)
+    done = call("transcribe", folder, sound, "--timestamps", "--json")
+    assert done.status == 0, done.stderr
+    assert done.data["segments"] == [[asdict(one) for one in stretches]]
+    first = stretches[0]
+    assert done.data["texts"][0].startswith(f"[{first.start_s:.2f} -> {first.end_s:.2f}] {first.text}")
     done = call("transcribe", folder, tmp_path / "none.wav")
     assert done.status == 2
     assert "there is no sound file at" in done.stderr
@@ -125,5 +136,11 @@ def test_pairs_are_judged_before_and_after_compression(tmp_path: Path, call: Any
     assert written["before"]["metrics"]["chrf"] == 100
     with lmopt.Runtime(tmp_path / "out") as rt:
         assert written["after"]["texts"] == rt.translate(texts)
+    read = call(
+        "compress", folder, tmp_path / "gptq", "--recipe", "gptq", "--set", "bits=3", "--set", "group_size=8",
+        "--calibration", pairs, "--json",
+    )  # fmt: skip
+    assert read.status == 0, read.stderr
+    assert read.data["recipe"][0]["step"] == "gptq"
     done = call("eval", folder, "--pairs", pairs, "--text", pairs)
     assert done.status == 2

@@ -41,7 +41,7 @@ def compress(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="Text that the model reads while steps need it.",
+            help="Text that the model reads while steps need it; for an encoder-decoder lines as for --pairs.",
             show_default=False,
         ),
     ] = None,
@@ -129,7 +129,7 @@ def compress(
             warnings.simplefilter("always", LossWarning)
             small = compressor.compress(
                 model,
-                calibration=_calibration(calibration, self_calibrate, rows, row_tokens, seed),
+                calibration=_calibration(model, calibration, self_calibrate, rows, row_tokens, seed),
                 texts=texts,
                 sources=sources,
                 progress=tell,
@@ -211,7 +211,7 @@ def _steps(recipe: str, fields: dict[str, Any]) -> "list[Step]":
 
 
 def _calibration(
-    path: Path | None, self_calibrate: bool, rows: int, row_tokens: int, seed: int
+    model: "Model", path: Path | None, self_calibrate: bool, rows: int, row_tokens: int, seed: int
 ) -> "Calibration | None":
     from lmopt.compression.calibration import Calibration
 
@@ -221,6 +221,9 @@ def _calibration(
         )
     if path is None and not self_calibrate:
         return None
+    if path is not None and model.facts.source is not None:
+        sources, right = _read(model, path)
+        return Calibration(right, sources=sources)
     texts = None if path is None else (path.read_text(encoding="utf-8"),)
     return Calibration(texts, rows=rows, row_tokens=row_tokens, seed=seed)
 

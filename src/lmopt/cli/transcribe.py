@@ -1,6 +1,7 @@
 """`lmopt transcribe`: what is said in sound files."""
 
 import time
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -29,6 +30,9 @@ def transcribe(
         str | None, typer.Option(help="transcribe, or translate into English; the former by default.")
     ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams of beam search; 1 is off.")] = 1,
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", help="Say when each stretch of text is said, a line each.")
+    ] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other field of GenerationConfig; repeatable."),
@@ -41,6 +45,8 @@ def transcribe(
 ) -> None:
     """Write down what is said in sound files; one line each to stdout."""
     options = assignments(set_) | ({"num_beams": num_beams} if num_beams > 1 else {})
+    if timestamps:
+        options["return_timestamps"] = True
     place = {"backend": backend, "device": device, "dtype": dtype, "threads": threads, "trust": trust}
     with (
         open_runtime(out, source, **place) as runtime,
@@ -50,4 +56,11 @@ def transcribe(
         found = runtime.transcribe(files, language=language, task=task, opinion=opinion, **options)
         seconds = time.perf_counter() - began
         engine = runtime.report().actual
-    show(out, {"files": files, "texts": found, "seconds": seconds, "engine": engine})
+    result = {"files": files, "texts": found, "seconds": seconds, "engine": engine}
+    if options.get("return_timestamps") is True:
+        result["texts"] = [
+            "\n".join(f"[{one.start_s:.2f} -> {one.end_s:.2f}] {one.text}" for one in sound)
+            for sound in found
+        ]
+        result["segments"] = [[asdict(one) for one in sound] for sound in found]
+    show(out, result)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -27,6 +27,8 @@ class Calibration:
         rows: Stretches of text, at least 1. Where the texts are shorter, as many as they have.
         row_tokens: Tokens of a stretch, at least 16, cut down to the model's context.
         seed: Chooses the stretches, and what a model writes.
+        sources: For an encoder-decoder: what its encoder reads (texts, ids or features); each of `texts` is then what
+            is right after one of them, and without `texts` the model's own greedy texts are. All of them are read.
 
     Raises:
         UnsupportedOptionError: A number is out of its range.
@@ -36,6 +38,7 @@ class Calibration:
     rows: int = 128
     row_tokens: int = 512
     seed: int = 0
+    sources: Sequence[Any] | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""

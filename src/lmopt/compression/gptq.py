@@ -51,6 +51,7 @@ class GPTQ(Quantize):
 
     name: ClassVar[str] = "gptq"
     needs_texts: ClassVar[bool] = True
+    reads_sources: ClassVar[bool] = True
 
     damping: float = 0.1
     shrinkage: float = 0.2

@@ -37,6 +37,7 @@ class SparseGPT(Prune):
 
     name: ClassVar[str] = "sparsegpt"
     needs_texts: ClassVar[bool] = True
+    reads_sources: ClassVar[bool] = True
 
     damping: float = 0.1
     shrinkage: float = 0.2

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from lmopt.types import IntArray
+from lmopt.types import AnyArray, IntArray
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage of the work, the steps done and their total."""
@@ -48,7 +48,9 @@ class Setting:
 
     Attributes:
         vocab_size: Width of the logits.
-        rows: Calibration texts as `(tokens,)` int64 ids, all of one length; empty where no step needs them.
+        rows: Calibration texts as `(tokens,)` int64 ids, all of one length; empty where no step needs them. After
+            sources they are what the decoder reads, of any length.
+        sources: For an encoder-decoder: what its encoder reads before each of `rows`, ids or features.
         progress: Told what is done.
         errors: Receives, by path of each weight that was changed, the relative error of what it computes
             on the calibration texts, `||(W - W') X|| / ||W X||`; of the weight itself where there are none.
@@ -58,6 +60,7 @@ class Setting:
 
     vocab_size: int
     rows: Sequence[IntArray] = ()
+    sources: Sequence[AnyArray] = ()
     progress: Progress = silent
     errors: dict[str, float] = field(default_factory=dict)
     original: Any = None

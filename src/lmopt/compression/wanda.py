@@ -22,6 +22,7 @@ class Wanda(Prune):
 
     name: ClassVar[str] = "wanda"
     needs_texts: ClassVar[bool] = True
+    reads_sources: ClassVar[bool] = True
 
     def apply(
         self, weight: FloatArray, form: Sparsity, name: str, statistics: Statistics | None = None

@@ -24,6 +24,8 @@ _AT_LEAST: Final = {
     "bos_token_id": 0,
     "prompt_lookup_num_tokens": 1,
     "max_matching_ngram_size": 1,
+    "no_timestamps_token_id": 0,
+    "max_initial_timestamp_index": 0,
     "pad_token_id": None,  # some published files say -1; nothing here pads with it
 }
 # Name -> (low, high, low itself allowed, high itself allowed).
@@ -81,6 +83,11 @@ def checked_together(config: "GenerationConfig") -> None:
         raise UnsupportedOptionError(
             f"num_return_sequences={config.num_return_sequences}: greedy decoding has one result only. "
             f"Pass do_sample=True, or num_beams={config.num_return_sequences}."
+        )
+    if config.return_timestamps and (config.no_timestamps_token_id is None or not config.eos_ids):
+        raise UnsupportedOptionError(
+            "return_timestamps=True needs no_timestamps_token_id and eos_token_id, which a Whisper model's "
+            "generation_config.json has. Pass them, or leave it out."
         )
     if config.min_new_tokens and config.max_new_tokens and config.min_new_tokens > config.max_new_tokens:
         raise _wrong(
@@ -155,6 +162,7 @@ def _seed(name: str, value: object) -> int | tuple[int, ...]:
 _OTHERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "do_sample": _flag,
     "renormalize_logits": _flag,
+    "return_timestamps": _flag,
     "eos_token_id": _ids,
     "suppress_tokens": _ids,
     "begin_suppress_tokens": _ids,
@@ -164,7 +172,7 @@ _OTHERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "logprobs": _logprobs,
     "seed": _seed,
 }
-_NEVER_NONE: Final = ("do_sample", "renormalize_logits", "early_stopping", "logprobs")
+_NEVER_NONE: Final = ("do_sample", "renormalize_logits", "return_timestamps", "early_stopping", "logprobs")
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

@@ -71,6 +71,11 @@ class GenerationConfig:
             come sooner where the output repeats the prompt (quoting, editing, code). It pauses by
             itself where it does not pay; an engine that cannot rewind decodes plainly.
         max_matching_ngram_size: Most tokens that must have occurred before; 3 where `None`.
+        return_timestamps: Whether a Whisper model writes when each stretch of speech begins and ends, as tokens
+            between the words, by the rules of its authors (arXiv:2212.04356). Its `decoder_input_ids` then leave
+            `no_timestamps_token_id` out.
+        no_timestamps_token_id: Token before the first of time, 0.00 s; for `return_timestamps`.
+        max_initial_timestamp_index: Latest begin of the first stretch, in steps of 0.02 s.
 
     Raises:
         UnsupportedOptionError: A value has the wrong type or range, or two contradict each other.
@@ -107,6 +112,9 @@ class GenerationConfig:
     max_time: float | None = None
     prompt_lookup_num_tokens: int | None = None
     max_matching_ngram_size: int | None = None
+    return_timestamps: bool = False
+    no_timestamps_token_id: int | None = None
+    max_initial_timestamp_index: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value and turn lists into tuples."""

@@ -137,6 +137,40 @@ class SuppressFirst:
 
 
 @dataclass(frozen=True)
+class Timestamps:
+    """Let a Whisper model write times by the rules of its authors (arXiv:2212.04356).
+
+    Times stand in pairs around text, never go back, begin the row, and win where all of them together are likelier
+    than the likeliest text. As transformers' `WhisperTimeStampLogitsProcessor`.
+    """
+
+    first: int
+    eos: int
+    latest: int | None
+
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Ban what would break a rule."""
+        new, first = history.new, self.first
+        scores[first - 1] = -np.inf
+        ends_in_time = new.size > 0 and new[-1] >= first
+        after_time = new.size < 2 or new[-2] >= first
+        if ends_in_time and after_time:
+            scores[first:] = -np.inf
+        elif ends_in_time:
+            scores[: self.eos] = -np.inf
+        said = new[new >= first]
+        if said.size:
+            scores[first : said[-1] + (0 if ends_in_time and not after_time else 1)] = -np.inf
+        if not new.size:
+            scores[:first] = -np.inf
+            if self.latest is not None:
+                scores[first + self.latest + 1 :] = -np.inf
+        top = scores[first:].max()
+        if np.isfinite(top) and top + np.log(np.exp(scores[first:] - top).sum()) > scores[:first].max():
+            scores[:first] = -np.inf
+
+
+@dataclass(frozen=True)
 class Renormalize:
     """Turn scores into log-probabilities."""
 
@@ -182,6 +216,11 @@ def build_processors(config: GenerationConfig, vocab_size: int) -> tuple[Process
         _check("begin_suppress_tokens", config.begin_suppress_tokens, vocab_size)
         first = np.array(config.begin_suppress_tokens, np.int64)
         found.append(SuppressFirst(first, config.forced_bos_token_id is not None))
+    if config.return_timestamps:
+        assert config.no_timestamps_token_id is not None
+        _check("no_timestamps_token_id", [config.no_timestamps_token_id + 1], vocab_size)
+        first_time, end = config.no_timestamps_token_id + 1, config.eos_ids[0]
+        found.append(Timestamps(first_time, end, config.max_initial_timestamp_index))
     if config.renormalize_logits:
         found.append(Renormalize())
     return tuple(found)

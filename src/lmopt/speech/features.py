@@ -103,8 +103,21 @@ class LogMel:
         Raises:
             DtypeError, ShapeError: As above.
         """
-        whole = _checked(samples)
-        return [self(one) for one in cut(whole, self.frames * _HOP, self.sampling_rate)]
+        return [self(one) for one in self.cuts(samples)]
+
+    def cuts(self, samples: NDArray[np.floating]) -> list[NDArray[np.floating]]:
+        """Cut a sound of any length as `pieces` does, and give the samples themselves.
+
+        Args:
+            samples: As above.
+
+        Returns:
+            The pieces in order; together they are the sound.
+
+        Raises:
+            DtypeError, ShapeError: As above.
+        """
+        return cut(_checked(samples), self.frames * _HOP, self.sampling_rate)
 
     @cached_property
     def _window(self) -> NDArray[np.float64]:

@@ -48,17 +48,23 @@ class SpeechTask:
             )
         return cls(start, languages, tasks, no_timestamps)
 
-    def prompt(self, language: str | None, task: str | None) -> list[int]:
+    def prompt(self, language: str | None, task: str | None, *, timestamps: bool = False) -> list[int]:
         """Give what the decoder has been said to write before the text.
 
         Args:
             language: Code of the language that is spoken; needed by models of several.
             task: One of `TASKS`, or `None`: `"transcribe"`.
+            timestamps: Whether it is to write times between the words.
 
         Raises:
-            UnsupportedOptionError: The model has no such language or task, or no choice of them.
+            UnsupportedOptionError: The model has no such language or task, or no choice of them; or it writes no
+                times.
         """
-        end = [] if self.no_timestamps is None else [self.no_timestamps]
+        if timestamps and self.no_timestamps is None:
+            raise UnsupportedOptionError(
+                "return_timestamps=True: the model has no token <|notimestamps|>, so it writes no times. Leave it out."
+            )
+        end = [] if self.no_timestamps is None or timestamps else [self.no_timestamps]
         if not self.languages:
             if language is not None or task not in (None, "transcribe"):
                 raise UnsupportedOptionError(

@@ -8,6 +8,7 @@ from torch import nn
 from lmopt.backends.torch import calibration
 from lmopt.backends.torch.calibration import find_stack, gathering, stages
 from lmopt.backends.torch.language_model import is_transformers
+from lmopt.compression.step import Setting
 from lmopt.testing.models import tiny_gpt, tiny_llama
 
 
@@ -69,7 +70,7 @@ def test_what_was_read_is_what_whole_passes_show(build, batch_tokens, monkeypatc
     paths, ids = linears(module), rows(96)
     expected = plainly(module, ids, paths)
     found = {}
-    for stage in stages(module, ids, paths):
+    for stage in stages(module, Setting(96, ids), paths):
         assert not found.keys() & stage.statistics.keys()
         found.update(stage.statistics)
     assert found.keys() == set(paths)
@@ -85,7 +86,7 @@ def test_later_blocks_read_what_changed_ones_make():
     module = tiny_llama()
     paths = linears(module)
     found = {}
-    for stage in stages(module, rows(96), paths):
+    for stage in stages(module, Setting(96, rows(96)), paths):
         found.update(stage.statistics)
         for path in stage.statistics:
             module.get_submodule(path).weight.data *= 0.9
@@ -117,7 +118,7 @@ def test_a_stack_whose_blocks_do_not_follow_each_other_is_run_whole():
 
     module = Skips().eval()
     paths = linears(module)
-    found = [stage.statistics for stage in stages(module, rows(96), paths)]
+    found = [stage.statistics for stage in stages(module, Setting(96, rows(96)), paths)]
     assert len(found) == 1, "no block can be run by itself"
     expected = plainly(module, rows(96), paths)
     for path in paths:
@@ -130,13 +131,13 @@ def test_statistics_that_do_not_fit_are_gathered_in_turns(monkeypatch):
     module.add_module("embed", nn.Embedding(96, 64))
     for number in range(5):
         module.add_module(f"linear{number}", nn.Linear(64, 64))
-    found = list(stages(module.eval(), rows(96), linears(module)))
+    found = list(stages(module.eval(), Setting(96, rows(96)), linears(module)))
     assert [len(stage.statistics) for stage in found] == [3, 2]
 
 
 def test_the_consumer_is_not_inside_inference_mode():
     module = tiny_llama()
-    for _ in stages(module, rows(96), linears(module)):
+    for _ in stages(module, Setting(96, rows(96)), linears(module)):
         assert not torch.is_inference_mode_enabled()
         assert not torch.zeros(1).is_inference()
 

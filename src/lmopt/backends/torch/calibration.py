@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from lmopt.backends.torch.attention import own_attention
 from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.quantized import quantized_parts
+from lmopt.backends.torch.reference import FullForward
 from lmopt.backends.torch.resizing import Blocks
 from lmopt.compression.statistics import Statistics
+from lmopt.compression.step import Setting
 from lmopt.types import IntArray
 
 # Tokens that are run at once.
@@ -58,17 +60,22 @@ def shared(statistics: Mapping[str, Statistics]) -> list[list[str]]:
     return list(groups.values())
 
 
-def stages(module: nn.Module, rows: Sequence[IntArray], wanted: Sequence[str]) -> Iterator[Stage]:
+def stages(module: nn.Module, setting: Setting, wanted: Sequence[str]) -> Iterator[Stage]:
     """Go through a model in the order of computation.
 
     Args:
         module: The model, in evaluation mode.
-        rows: Calibration texts, `(tokens,)` ids of one length.
+        setting: Has the calibration texts. Where they come after sources, the model is run as a whole: its decoder's
+            blocks are told something else for each of them.
         wanted: Paths of the linears whose input is asked for.
 
     Yields:
         Every wanted linear once, as far as the texts reach it.
     """
+    rows = setting.rows
+    if len(setting.sources):
+        yield from whole_passes(module, setting, wanted)
+        return
     batches = batches_of(rows, device_of(module), _BATCH_TOKENS)
     stack = find_stack(module)
     inside: set[str] = set()
@@ -83,15 +90,20 @@ def stages(module: nn.Module, rows: Sequence[IntArray], wanted: Sequence[str]) -
                 yield Stage(gathered(), run.blocks[number][1], partial(run.sample, number))
             run.advance(number)
     rest = [one for one in wanted if one not in inside]
-    yield from whole_passes(module, rows, rest)
+    yield from whole_passes(module, setting, rest)
 
 
-def whole_passes(module: nn.Module, rows: Sequence[IntArray], wanted: Sequence[str]) -> Iterator[Stage]:
+def whole_passes(module: nn.Module, setting: Setting, wanted: Sequence[str]) -> Iterator[Stage]:
     """Run a whole model, as often as the statistics take to fit into memory; arguments are those of `stages`."""
+    after = FullForward(module, source=setting.current.facts.source) if len(setting.sources) else None
     for paths in _affordable(module, wanted):
         with gathering(module, paths) as gathered, torch.inference_mode():
-            for row in batches_of(rows, device_of(module), 1):
-                logits_of(module, row)
+            if after is not None:
+                for row, source in zip(setting.rows, setting.sources, strict=True):
+                    after(row, source)
+            else:
+                for batch in batches_of(setting.rows, device_of(module), 1):
+                    logits_of(module, batch)
         yield Stage(gathered())
 
 

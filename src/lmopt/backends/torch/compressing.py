@@ -79,13 +79,13 @@ def by_matrix(module: nn.Module, step: Any, setting: Setting) -> nn.Module:
         # What is looked up comes first, so that the blocks are changed on what they will read.
         if step.needs_texts:
             readers = _readers_of_tied(changing, forms)
-            for stage in whole_passes(small, setting.rows, list(readers)):
+            for stage in whole_passes(small, setting, list(readers)):
                 for path, statistics in stage.statistics.items():
                     change(readers[path], statistics)
             for one in changing:
                 if one.part == "embedding" and one.path in left:
                     change(one.path, None)
-            for stage in stages(small, setting.rows, [one.path for one in changing if one.path in left]):
+            for stage in stages(small, setting, [one.path for one in changing if one.path in left]):
                 found = _scale(small, stage, step, forms)
                 for paths in shared(found):
                     for path in paths:

@@ -164,7 +164,7 @@ def _each(
             for one in found.values():
                 work(one, None)
             return
-        for stage in stages(module, setting.rows, list(found)):
+        for stage in stages(module, setting, list(found)):
             for path, read in stage.statistics.items():
                 work(found[path], read)
                 done += 1
