@@ -130,6 +130,10 @@ def test_what_cannot_be_measured_or_done_is_refused() -> None:
             InputError, match=r"step 'gptq' must see .* read: give compress\(model, calibration=Cal"
         ):
             Compressor([GPTQ(bits=4, group_size=16)]).compress(model, calibration=calibration)
+    with pytest.raises(InputError, match=r"after the calibration sources stand .* at least 256 are needed"):
+        Compressor([GPTQ(bits=4, group_size=16)]).compress(
+            model, calibration=Calibration(None, sources=SOURCES[:1])
+        )
     with pytest.raises(UnsupportedError, match="step 'drop_blocks' does not take encoder-decoders"):
         Compressor([DropBlocks(count=1)]).compress(model, calibration=Calibration(None, sources=SOURCES))
     with pytest.raises(UnsupportedError, match="leave calibration out"):

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmopt.compression.calibration import Calibration, choose_rows
+from lmopt.compression.calibration import LEAST_TOKENS, Calibration, choose_rows
 from lmopt.compression.step import Progress, Setting, Step, silent
 from lmopt.contracts import EngineRequest
 from lmopt.errors import InputError, ParityError, UnsupportedError, UnsupportedOptionError
@@ -138,7 +138,13 @@ class Compressor:
                 "texts, sources=[...])) with what its encoder reads before each text (texts=None: it writes them "
                 "itself), or lmopt compress --calibration FILE with lines as for --pairs"
             )
-        return pairs(model, given.sources, given.texts)
+        read, rows = pairs(model, given.sources, given.texts)
+        if (tokens := sum(map(len, rows))) < LEAST_TOKENS:
+            raise InputError(
+                f"after the calibration sources stand {tokens} tokens of text in all; at least {LEAST_TOKENS} are "
+                "needed, and some thousand are better, or the weights are fitted to these few. Give more pairs"
+            )
+        return read, rows
 
     def _rows(self, model: Model, given: Any, tell: Progress) -> list[IntArray]:
         """Make the calibration rows, if a step needs any."""

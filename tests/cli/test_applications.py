@@ -138,9 +138,11 @@ def test_pairs_are_judged_before_and_after_compression(tmp_path: Path, call: Any
     assert written["before"]["metrics"]["chrf"] == 100
     with lmopt.Runtime(tmp_path / "out") as rt:
         assert written["after"]["texts"] == rt.translate(texts)
+    many = tmp_path / "many.jsonl"
+    many.write_text("\n".join(lines * 60))
     read = call(
         "compress", folder, tmp_path / "gptq", "--recipe", "gptq", "--set", "bits=3", "--set", "group_size=8",
-        "--calibration", pairs, "--json",
+        "--calibration", many, "--json",
     )  # fmt: skip
     assert read.status == 0, read.stderr
     assert read.data["recipe"][0]["step"] == "gptq"

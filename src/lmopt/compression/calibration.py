@@ -12,8 +12,9 @@ from lmopt.errors import InputError, UnsupportedOptionError
 from lmopt.tokenizer import Tokenizer
 from lmopt.types import IntArray
 
-# Fewer tokens than this say nothing about a layer of some hundred inputs.
-_LEAST_TOKENS: Final = 256
+LEAST_TOKENS: Final = 256
+"""Fewer tokens than this say nothing about a layer of some hundred inputs."""
+
 # Texts of fewer different tokens are a file of blanks, or one word.
 _LEAST_KINDS: Final = 16
 
@@ -84,9 +85,9 @@ class Calibration:
         """
         width = min(self.row_tokens, context_length or self.row_tokens)
         ids = np.array([token for text in self.texts or () for token in tokenizer.encode(text)], np.int64)
-        if len(ids) < max(_LEAST_TOKENS, width):
+        if len(ids) < max(LEAST_TOKENS, width):
             raise InputError(
-                f"the calibration texts hold {len(ids)} tokens; at least {max(_LEAST_TOKENS, width)} are needed, and "
+                f"the calibration texts hold {len(ids)} tokens; at least {max(LEAST_TOKENS, width)} are needed, and "
                 f"{self.rows * width:,} are wanted ({self.rows} rows of {width})"
             )
         if (kinds := len(np.unique(ids))) < _LEAST_KINDS:
