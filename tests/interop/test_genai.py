@@ -11,6 +11,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lmopt
@@ -74,17 +75,33 @@ def test_a_tiny_model(tiny: Path, tmp_path: Path, target: str, width: str) -> No
     assert len({tuple(row) for row in found}) > 1, "the prompts must lead to different answers"
 
 
+# Activations rounded to 8 bits carry any difference in the order of sums on: what is nearly as likely may win. Seen:
+# all tokens equal on one machine, and on another one of three rows that parts at a token 0.11 less likely.
+MOST_BEHIND, LEAST_EQUAL = 0.5, 0.9
+
+
 @pytest.mark.real_model
-@pytest.mark.parametrize("width", ["float32", "int4"])
+@pytest.mark.parametrize("width", ["float32", "int4", "int4 and rounded activations"])
 def test_smollm2(smollm2: Path, botchan_text: str, tmp_path: Path, width: str) -> None:
-    """The folder that is fast here, `target="onnxruntime"`; int4 with `accuracy_level=4` as it would be deployed."""
+    """The folder that is fast here, `target="onnxruntime"`, and with `accuracy_level=4` as it would be deployed."""
     model = lmopt.Model.from_pretrained(smollm2, dtype="float32")
-    options = {}
-    if width == "int4":
+    rounded = width.endswith("activations")
+    if width != "float32":
         model = lmopt.Compressor([Quantize(bits=4, group_size=64, embedding=4, head=4)]).compress(model)
-        options = {"accuracy_level": 4}
+    options = {"accuracy_level": 4} if rounded else {}
     lmopt.Exporter("onnx", target="onnxruntime", **options).export(model, tmp_path / "out")
     assert model.tokenizer is not None
     texts = ["The capital of France is", "Once upon a time, in a small village,", botchan_text[5000:5600]]
     prompts = [model.tokenizer.encode(text) for text in texts]
-    assert theirs(tmp_path / "out", prompts, 24) == ours(tmp_path / "out", prompts, 24)
+    found = theirs(tmp_path / "out", prompts, 24)
+    if not rounded:
+        assert found == ours(tmp_path / "out", prompts, 24)
+        return
+    behind = []
+    with lmopt.Runtime(tmp_path / "out", backend="onnxruntime") as runtime:
+        for prompt, tokens in zip(prompts, found, strict=True):
+            logits = runtime.logits(prompt + tokens)[len(prompt) - 1 : -1]
+            behind.append(logits.max(-1) - logits[np.arange(len(tokens)), tokens])
+    lost = np.concatenate(behind)
+    assert lost.max() < MOST_BEHIND
+    assert (lost == 0).mean() >= LEAST_EQUAL
