@@ -92,7 +92,7 @@ def test_what_linears_read_after_sources_is_what_they_read_in_the_model(build) -
             model.module(**{name: torch.tensor(source)[None]}, decoder_input_ids=torch.tensor(row)[None])
     for hook in hooks:
         hook.remove()
-    setting = Setting(model.facts.vocab_size, rows, sources, current=model)
+    setting = Setting(model.facts.vocab_size, rows, current=model, sources=sources)
     found = {}
     for stage in stages(model.module, setting, wanted):
         found |= stage.statistics

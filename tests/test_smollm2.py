@@ -24,7 +24,7 @@ MOST_MEMORY = {"onnxruntime": 2.5, "portable": 3.0}
 RUNTIMES = ("torch", *MOST_MEMORY)
 LIMITS = TOLERANCES["float32"]
 PROMPTS, BATCH = 20, 8
-NEW_TOKENS, NEW_TOKENS_IN_A_NORMAL_RUN = 128, 32
+NEW_TOKENS, NEW_TOKENS_IN_A_NORMAL_RUN = 128, 16
 FRANCE, FRANCE_IDS = "The capital of France is", [504, 3575, 282, 4649, 314]
 # Written down from transformers' own eager run, greedy.
 CONTINUATION = [7042, 30, 198, 198, 504, 2988, 314, 42]

@@ -101,7 +101,7 @@ class Compressor:
         small, errors = model, {}
         for step in self.steps:
             tell(step.name, 0, 1)
-            setting = Setting(small.facts.vocab_size, rows, read, tell, original=model, current=small)
+            setting = Setting(small.facts.vocab_size, rows, tell, original=model, current=small, sources=read)
             apply = backends.load("torch", target=step.target)
             small = small.with_module(apply(small.module, step, setting), recipe=[step.to_dict()])
             errors.update(setting.errors)

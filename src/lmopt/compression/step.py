@@ -50,21 +50,21 @@ class Setting:
         vocab_size: Width of the logits.
         rows: Calibration texts as `(tokens,)` int64 ids, all of one length; empty where no step needs them. After
             sources they are what the decoder reads, of any length.
-        sources: For an encoder-decoder: what its encoder reads before each of `rows`, ids or features.
         progress: Told what is done.
         errors: Receives, by path of each weight that was changed, the relative error of what it computes
             on the calibration texts, `||(W - W') X|| / ||W X||`; of the weight itself where there are none.
         original: The `lmopt.Model` that the recipe began with, for steps that recover towards it.
         current: The `lmopt.Model` of the module that the step is given: its tokenizer and facts.
+        sources: For an encoder-decoder: what its encoder reads before each of `rows`, ids or features.
     """
 
     vocab_size: int
     rows: Sequence[IntArray] = ()
-    sources: Sequence[AnyArray] = ()
     progress: Progress = silent
     errors: dict[str, float] = field(default_factory=dict)
     original: Any = None
     current: Any = None
+    sources: Sequence[AnyArray] = ()
 
 
 def plain_fields(step: Any) -> dict[str, Any]:
