@@ -199,9 +199,14 @@ def test_whisper_says_what_transformers_says(whisper_tiny: Path, librivox: Path)
             ]
         expected.append(model.tokenizer.decode(ids.tolist()).strip())
         spoken = [one for one in parts if model.tokenizer.decode(one["tokens"].tolist()).strip()]
-        expected_times.append([round(float(one["start"]), 2) for one in spoken])
+        expected_times.append(
+            [
+                (round(float(one["start"]), 2), model.tokenizer.decode(one["tokens"].tolist()).strip())
+                for one in spoken
+            ]
+        )
     assert found == expected
-    assert [[one.start_s for one in several] for several in timed] == expected_times
+    assert [[(one.start_s, one.text) for one in several] for several in timed] == expected_times
     assert all(0 <= one.start_s < one.end_s <= 30 for several in timed for one in several)
     said = re.sub(
         r"\(.*|</?s>", "", (librivox / "transcription").read_text(encoding="utf-8"), flags=re.MULTILINE

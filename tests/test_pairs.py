@@ -9,10 +9,10 @@ from torch import nn
 
 import lmopt
 from lmopt.backends.torch.calibration import stages
-from lmopt.compression import GPTQ, HQQ, Calibration, DropBlocks, Magnitude, Quantize, SparseGPT
+from lmopt.compression import GPTQ, HQQ, Calibration, Cast, DropBlocks, Magnitude, Quantize, SparseGPT
 from lmopt.compression.step import Setting
 from lmopt.compressor import Compressor, compare_models
-from lmopt.errors import InputError, UnsupportedError
+from lmopt.errors import InputError, UnsupportedError, UnsupportedOptionError
 from lmopt.pairs import pairs
 from lmopt.testing.models import tiny_gpt
 from lmopt.testing.seq2seq import tiny_bart, tiny_t5, tiny_whisper
@@ -123,8 +123,25 @@ def test_a_step_that_reads_loses_less_than_one_that_does_not(build) -> None:
     assert losses[3] < 0.8 * losses[2]
 
 
+def test_a_cast_beside_a_step_that_reads_sees_pairs_too() -> None:
+    model = lmopt.Model.from_module(tiny_t5())
+    calibration = Calibration(None, sources=many_sources(model.facts.source))
+    plain = Compressor([Magnitude(0.2), Cast("bfloat16")]).compress(model)
+    read = Compressor([SparseGPT(0.2), Cast("bfloat16")]).compress(model, calibration=calibration)
+    for small in (plain, read):
+        assert {one.dtype for one in small.module.parameters()} >= {torch.bfloat16}
+
+
 def test_what_cannot_be_measured_or_done_is_refused() -> None:
     model = lmopt.Model.from_module(tiny_t5())
+    with pytest.raises(UnsupportedOptionError, match="2 sources and 1 texts"):
+        Calibration(["a"], sources=SOURCES)
+    with pytest.raises(UnsupportedOptionError, match="sources is a single string"):
+        Calibration(None, sources="a text")
+    with pytest.raises(UnsupportedError, match="has no encoder; leave sources out"):
+        Compressor([GPTQ(4, 16)]).compress(
+            lmopt.Model.from_module(tiny_gpt()), calibration=Calibration(None, sources=SOURCES)
+        )
     for calibration in (None, ["a text"], Calibration(None)):
         with pytest.raises(
             InputError, match=r"step 'gptq' must see .* read: give compress\(model, calibration=Cal"

@@ -223,15 +223,15 @@ class Applications:
         return replace(one, text=self._need_tokenizer().decode(words, skip_special_tokens=True))
 
     def _fusion(self, opinion: Opinion, *, timed: bool) -> Fusion:
-        if timed:
-            raise UnsupportedOptionError(
-                "return_timestamps=True with method='fuse': a language model knows no times. Let it choose among whole "
-                "texts instead: method='rescore'"
-            )
         if opinion.method != "fuse" or opinion.word_bonus:
             raise UnsupportedOptionError(
                 f"method={opinion.method!r}, word_bonus={opinion.word_bonus}; expected 'rescore', or 'fuse' without "
                 "word_bonus"
+            )
+        if timed:
+            raise UnsupportedOptionError(
+                "return_timestamps=True with method='fuse': a language model knows no times. Let it choose among whole "
+                "texts instead: method='rescore'"
             )
         theirs, start = opinion.language_model.tokenizer, start_token(opinion.language_model)
         if theirs is None or theirs.vocabulary() != self._need_tokenizer().vocabulary():

@@ -94,7 +94,9 @@ class Compressor:
         tell = progress or silent
         if model.facts.source is not None:
             read, rows = self._pairs(model, calibration)
-        elif sources is not None:
+        elif sources is not None or (
+            isinstance(calibration, Calibration) and calibration.sources is not None
+        ):
             raise UnsupportedError(f"{model.source} has no encoder; leave sources out")
         else:
             read, rows = [], self._rows(model, calibration, tell)

@@ -19,7 +19,9 @@ def decode(ids: list[int]) -> str:
         ([105, 1, 150, 160, 2, 200], [Segment(0.1, 1.0, "w1"), Segment(1.2, 2.0, "w2")]),
         # Cut off before the closing time: it ends with the sound.
         ([100, 1, 150, 150, 2], [Segment(0.0, 1.0, "w1"), Segment(1.0, 3.0, "w2")]),
-        ([300, 1], [Segment(4.0, 4.0, "w1")]),
+        # Behind the end there is silence.
+        ([120, 1, 300], [Segment(0.4, 3.0, "w1")]),
+        ([300, 1], [Segment(3.0, 3.0, "w1")]),
         ([1, 2], [Segment(0.0, 3.0, "w1 w2")]),
         ([100, 150, 99], []),
         ([], []),

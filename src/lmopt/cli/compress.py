@@ -48,7 +48,9 @@ def compress(
     self_calibrate: Annotated[
         bool, typer.Option("--self-calibrate", help="Let the model write the calibration text (slow).")
     ] = False,
-    rows: Annotated[int, typer.Option(min=1, help="Stretches of calibration text.")] = 128,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Stretches of calibration text; pairs are read whole.")
+    ] = 128,
     row_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a stretch.")] = 512,
     seed: Annotated[int, typer.Option(help="Chooses the stretches.")] = 0,
     text: Annotated[
@@ -222,6 +224,11 @@ def _calibration(
     if path is None and not self_calibrate:
         return None
     if path is not None and model.facts.source is not None:
+        if (rows, row_tokens, seed) != (128, 512, 0):
+            raise typer.BadParameter(
+                "an encoder-decoder reads all pairs of the file: leave --rows, --row-tokens and --seed out",
+                param_hint="--calibration",
+            )
         sources, right = _read(model, path)
         return Calibration(right, sources=sources)
     texts = None if path is None else (path.read_text(encoding="utf-8"),)

@@ -57,7 +57,7 @@ def transcribe(
         seconds = time.perf_counter() - began
         engine = runtime.report().actual
     result = {"files": files, "texts": found, "seconds": seconds, "engine": engine}
-    if options.get("return_timestamps") is True:
+    if any(isinstance(one, list) for one in found):
         result["texts"] = [
             "\n".join(f"[{one.start_s:.2f} -> {one.end_s:.2f}] {one.text}" for one in sound)
             for sound in found

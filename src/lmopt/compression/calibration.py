@@ -32,7 +32,7 @@ class Calibration:
             is right after one of them, and without `texts` the model's own greedy texts are. All of them are read.
 
     Raises:
-        UnsupportedOptionError: A number is out of its range.
+        UnsupportedOptionError: A number is out of its range, or there are not as many texts as sources.
     """
 
     texts: Sequence[str] | None
@@ -46,6 +46,15 @@ class Calibration:
         if isinstance(self.texts, str):
             raise UnsupportedOptionError(
                 "texts is a single string; give a list of texts, or a Path of a file"
+            )
+        if isinstance(self.sources, str) or (
+            self.sources is not None and self.texts is not None and len(self.sources) != len(self.texts)
+        ):
+            raise UnsupportedOptionError(
+                "sources is a single string; give a list of sources"
+                if isinstance(self.sources, str)
+                else f"there are {len(self.sources)} sources and {len(self.texts or ())} texts; give one text for each "
+                "source, or texts=None"
             )
         if type(self.rows) is not int or self.rows < 1:
             raise UnsupportedOptionError(f"rows is {self.rows!r}; expected a whole number of at least 1")

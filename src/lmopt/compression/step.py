@@ -27,6 +27,10 @@ class Step(Protocol):
         needs_texts: Whether it must see the model read calibration texts.
         target: `"module:attribute"` of the function `(module, step, setting) -> module` that applies it
             to a copy of a module; the module itself stays as it is.
+
+    Two more are optional. `takes_texts = True`: it can do without calibration texts, and uses them where there are
+    some. `reads_sources = True`: it takes encoder-decoders too, whose `Setting.sources` has what stands before each of
+    `Setting.rows`.
     """
 
     name: ClassVar[str]

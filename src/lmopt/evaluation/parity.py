@@ -5,6 +5,7 @@ with those of the honest oracle: one full, unpadded, uncached forward pass of ea
 turns a failed report into `ParityError`, so that nothing that failed is published.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lmopt.artifact import require_space
 from lmopt.contracts import Engine
 from lmopt.errors import ParityError, ShapeError
 from lmopt.evaluation.cases import Row, Seen, cases_for, encoded, greedy, make_rows
@@ -130,6 +132,7 @@ class Examination:
 
     Raises:
         UnsupportedOptionError, UnsupportedError, InputError, ShapeError: As `measure`.
+        DiskFullError: The system's folder for temporary files cannot hold the reference's logits.
     """
 
     def __init__(
@@ -156,6 +159,9 @@ class Examination:
             self._encoded = {row.number: encoded(row.source) for row in self._rows if row.source is not None}
         longest = max(self._rows, key=lambda row: len(row.ids))
         self._oracle = _Oracle(reference, rounding, _median(rounding, longest), facts, self._limits)
+        require_space(
+            tempfile.gettempdir(), 4 * self._oracle.facts.vocab_size * sum(len(row.ids) for row in self._rows)
+        )
         self._shelf = Shelf()
         for row in self._rows:
             self._shelf.put(row.number, self._oracle.logits(row.ids, row))

@@ -73,7 +73,8 @@ class GenerationConfig:
         max_matching_ngram_size: Most tokens that must have occurred before; 3 where `None`.
         return_timestamps: Whether a Whisper model writes when each stretch of speech begins and ends, as tokens
             between the words, by the rules of its authors (arXiv:2212.04356). Its `decoder_input_ids` then leave
-            `no_timestamps_token_id` out.
+            `no_timestamps_token_id` out. Where its tokenizer has these tokens, and not as special ones, they stand in
+            `Generation.text`; `Runtime.transcribe` reads them.
         no_timestamps_token_id: Token before the first of time, 0.00 s; for `return_timestamps`.
         max_initial_timestamp_index: Latest begin of the first stretch, in steps of 0.02 s.
 

@@ -118,7 +118,8 @@ def judge(
         runtime: An encoder-decoder on any engine.
         pairs: From `read_pairs`.
         progress: Called with the stage's name, the sources done and their number.
-        **options: As for `Runtime.translate` and `Runtime.transcribe`: `num_beams`, `language`, ...
+        **options: As for `Runtime.translate` and `Runtime.transcribe`: `num_beams`, `language`, ... Times of speech
+            are never asked for.
 
     Raises:
         NotInstalledError: jiwer or sacrebleu is missing; the message has the command.
@@ -132,6 +133,9 @@ def judge(
             f"{'no source' if source is None else 'sound' if source.kind == 'features' else 'texts'}"
         )
     write = runtime.transcribe if pairs.are_sound else runtime.translate
+    if pairs.are_sound:
+        # Words are compared, whatever the model's own defaults are.
+        options["return_timestamps"] = False
     texts: list[str] = []
     for start in range(0, len(pairs.sources), _AT_ONCE):
         if progress is not None:

@@ -55,8 +55,9 @@ def segments(
         if token < first_time:
             words.append(token)
             continue
-        time = (token - first_time) * _STEP_S
+        # The model hears silence behind the end, and may write times there.
+        time = min((token - first_time) * _STEP_S, length_s)
         close(time)
         start = time
-    close(max(start, length_s))
+    close(length_s)
     return found

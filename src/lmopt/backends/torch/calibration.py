@@ -95,16 +95,36 @@ def stages(module: nn.Module, setting: Setting, wanted: Sequence[str]) -> Iterat
 
 def whole_passes(module: nn.Module, setting: Setting, wanted: Sequence[str]) -> Iterator[Stage]:
     """Run a whole model, as often as the statistics take to fit into memory; arguments are those of `stages`."""
-    after = FullForward(module, source=setting.current.facts.source) if len(setting.sources) else None
     for paths in _affordable(module, wanted):
-        with gathering(module, paths) as gathered, torch.inference_mode():
-            if after is not None:
-                for row, source in zip(setting.rows, setting.sources, strict=True):
-                    after(row, source)
-            else:
-                for batch in batches_of(setting.rows, device_of(module), 1):
-                    logits_of(module, batch)
+        with gathering(module, paths) as gathered:
+            read_all(module, setting, tokens=1)
         yield Stage(gathered())
+
+
+def read_all(
+    module: nn.Module, setting: Setting, *, tokens: int, done: Callable[[int, int], None] | None = None
+) -> None:
+    """Let a module read every calibration text once; what it makes of them is seen by whoever watches its parts.
+
+    Args:
+        module: The model, in evaluation mode.
+        setting: Has the texts, and what an encoder reads before each.
+        tokens: Tokens that are read at once, where no encoder is.
+        done: Called after each pass with the passes so far and their number.
+    """
+    with torch.inference_mode():
+        if len(setting.sources):
+            after = FullForward(module, source=setting.current.facts.source)
+            for place, (row, source) in enumerate(zip(setting.rows, setting.sources, strict=True), 1):
+                after(row, source)
+                if done is not None:
+                    done(place, len(setting.rows))
+            return
+        batches = batches_of(setting.rows, device_of(module), tokens)
+        for place, batch in enumerate(batches, 1):
+            logits_of(module, batch)
+            if done is not None:
+                done(place, len(batches))
 
 
 def find_stack(module: nn.Module) -> tuple[str, Blocks] | None:

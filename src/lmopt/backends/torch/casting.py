@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lmopt.backends.torch.calibration import batches_of, logits_of
+from lmopt.backends.torch.calibration import read_all
 from lmopt.backends.torch.compressing import own, shallow_copy
-from lmopt.backends.torch.language_model import CASTS, device_of, is_transformers, stated_casts
+from lmopt.backends.torch.language_model import CASTS, is_transformers, stated_casts
 from lmopt.backends.torch.quantized import Quantized
 from lmopt.compression.cast import LARGEST, SMALLEST, Cast
 from lmopt.compression.step import Setting
@@ -203,11 +203,12 @@ def _leaving(module: nn.Module, limit: float, setting: Setting) -> dict[str, boo
             if path:
                 handle = part.register_forward_hook(watch(path), with_kwargs=True)
                 hooks.callback(handle.remove)
-        batches = batches_of(setting.rows, device_of(module), _BATCH_TOKENS)
-        for place, batch in enumerate(batches):
-            setting.progress("measure ranges", place, len(batches))
-            logits_of(module, batch)
+
+        def done(place: int, count: int) -> None:
+            setting.progress("measure ranges", place, count)
             given.clear()
+
+        read_all(module, setting, tokens=_BATCH_TOKENS, done=done)
     return found
 
 
