@@ -18,7 +18,7 @@ from lmopt.evaluation import ParityReport, Tolerance
 from lmopt.gate import check_dtype, gate_rows, verify
 from lmopt.model import Model
 from lmopt.model_card import model_card
-from lmopt.registry import exporters
+from lmopt.registry import backends, exporters
 from lmopt.speech import write_preprocessor
 
 Progress = Callable[[str, int, int], None]
@@ -100,7 +100,7 @@ class Exporter:
             ArtifactExistsError: Something is there that must not be replaced.
             DiskFullError: The disk cannot hold it.
         """
-        size = sum(one.numel() * one.element_size() for one in model.module.parameters())
+        size = weight_bytes(model)
         with publish(folder, overwrite=overwrite, needed=size * len(self._specs)) as staging:
             self.write(model, staging, progress=progress)
         return Artifact.open(folder, verify=False)
@@ -185,6 +185,11 @@ def _evaluating(model: Model) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def weight_bytes(model: Model) -> int:
+    """Count the bytes that a model's weights take in a file, quantized ones as they are stored."""
+    return int(backends.load("torch", target="lmopt.backends.torch.quantizing:stored_bytes")(model.module))
 
 
 def _write_companions(model: Model, folder: Path) -> None:

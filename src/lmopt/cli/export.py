@@ -1,7 +1,7 @@
 """`lmopt export`: write a model in an engine's format, through the parity gate."""
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -9,9 +9,6 @@ from lmopt.cli.opening import open_model
 from lmopt.cli.options import OutFolder, Overwrite, Source, Trust, WeightsDtype, assignments, next_step
 from lmopt.cli.output import Output, size
 from lmopt.cli.tables import parity_table
-
-if TYPE_CHECKING:
-    from lmopt.model import Model
 
 
 def export(
@@ -44,7 +41,7 @@ def export(
     status is 1.
     """
     from lmopt.evaluation import PeakMemory, folder_size_bytes
-    from lmopt.exporter import Exporter
+    from lmopt.exporter import Exporter, weight_bytes
 
     options = assignments(option, "--option")
     if opset is not None:
@@ -69,7 +66,7 @@ def export(
     disk = folder_size_bytes(artifact.path)
     out.text(
         f"{artifact.path}: {', '.join(artifact.formats)}, {size(disk)}; {seconds:.0f} s in all, "
-        f"peak memory {size(memory.peak_bytes)} (the model's weights: {size(_weight_bytes(model))})"
+        f"peak memory {size(memory.peak_bytes)} (the model's weights: {size(weight_bytes(model))})"
     )
     out.note(next_step(folder, model.facts))
     out.result(
@@ -87,7 +84,3 @@ def export(
             },
         }
     )
-
-
-def _weight_bytes(model: "Model") -> int:
-    return sum(one.numel() * one.element_size() for one in model.module.parameters())

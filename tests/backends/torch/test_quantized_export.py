@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import lmopt
 from lmopt.backends.torch.compressing import by_matrix
@@ -13,6 +14,7 @@ from lmopt.compression import Quantize
 from lmopt.compression.layout import Grid, QuantizedArray
 from lmopt.compression.step import Setting
 from lmopt.errors import UnsupportedOptionError
+from lmopt.exporter import weight_bytes
 from lmopt.testing.models import tiny_llama
 
 pytest.importorskip("onnxruntime")
@@ -62,6 +64,15 @@ def test_a_graph_computes_what_eager_does(kind: str, target: str, tmp_path: Path
         assert "MatMul" not in operators
     assert "accuracy_level" not in written
     assert artifact.manifest["parity"]["onnx"]["tolerance"]["name"] == "float32"
+
+
+def test_quantized_weights_count_as_they_are_stored(tmp_path: Path) -> None:
+    model = small_model("int4")
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "np") as file:
+        stored = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 - it is no mapping
+    # Frequencies of positions are no weights and not in the file.
+    assert 0 <= weight_bytes(model) - stored < 0.01 * stored
 
 
 @pytest.mark.parametrize("kind", ["int8", "offset"])
