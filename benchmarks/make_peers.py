@@ -123,7 +123,7 @@ class Maker:
                 raise StepError("it is compiled, and there is no C++ compiler (c++, g++, clang++)")
             packages = [self.llama_source()]
             more = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF"}
-        if name in ("convert", *WEIGHTS):
+        if name not in PEERS:
             import torch
 
             packages.append(f"torch=={torch.__version__.partition('+')[0]}")
@@ -256,7 +256,7 @@ def main() -> None:
     wanted = asked.only or PEERS
     steps: list[tuple[str, Callable[[], None]]] = [
         (f"environment {name}", partial(maker.environment, name))
-        for name in [*wanted, *(["convert"] if set(wanted) - set(WEIGHTS) else [])]
+        for name in [*wanted, *(["convert"] if set(wanted) & set(PEERS) else [])]
     ]
     if asked.gguf:
         steps.append((f"GGUF file {asked.gguf.name}", lambda: maker.given_gguf(asked.gguf)))

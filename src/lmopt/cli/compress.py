@@ -224,7 +224,7 @@ def _calibration(
     if path is None and not self_calibrate:
         return None
     if path is not None and model.facts.source is not None:
-        if (rows, row_tokens, seed) != (128, 512, 0):
+        if Calibration(None, rows=rows, row_tokens=row_tokens, seed=seed) != Calibration(None):
             raise typer.BadParameter(
                 "an encoder-decoder reads all pairs of the file: leave --rows, --row-tokens and --seed out",
                 param_hint="--calibration",

@@ -47,13 +47,11 @@ class Calibration:
             raise UnsupportedOptionError(
                 "texts is a single string; give a list of texts, or a Path of a file"
             )
-        if isinstance(self.sources, str) or (
-            self.sources is not None and self.texts is not None and len(self.sources) != len(self.texts)
-        ):
+        if isinstance(self.sources, str):
+            raise UnsupportedOptionError("sources is a single string; give a list of sources")
+        if self.sources is not None and self.texts is not None and len(self.sources) != len(self.texts):
             raise UnsupportedOptionError(
-                "sources is a single string; give a list of sources"
-                if isinstance(self.sources, str)
-                else f"there are {len(self.sources)} sources and {len(self.texts or ())} texts; give one text for each "
+                f"there are {len(self.sources)} sources and {len(self.texts)} texts; give one text for each "
                 "source, or texts=None"
             )
         if type(self.rows) is not int or self.rows < 1:

@@ -5,7 +5,6 @@ with those of the honest oracle: one full, unpadded, uncached forward pass of ea
 turns a failed report into `ParityError`, so that nothing that failed is published.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,6 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lmopt.artifact import require_space
 from lmopt.contracts import Engine
 from lmopt.errors import ParityError, ShapeError
 from lmopt.evaluation.cases import Row, Seen, cases_for, encoded, greedy, make_rows
@@ -159,10 +157,7 @@ class Examination:
             self._encoded = {row.number: encoded(row.source) for row in self._rows if row.source is not None}
         longest = max(self._rows, key=lambda row: len(row.ids))
         self._oracle = _Oracle(reference, rounding, _median(rounding, longest), facts, self._limits)
-        require_space(
-            tempfile.gettempdir(), 4 * self._oracle.facts.vocab_size * sum(len(row.ids) for row in self._rows)
-        )
-        self._shelf = Shelf()
+        self._shelf = Shelf(sum(len(row.ids) for row in self._rows), facts.vocab_size)
         for row in self._rows:
             self._shelf.put(row.number, self._oracle.logits(row.ids, row))
         self._new_tokens = max(1, new_tokens)

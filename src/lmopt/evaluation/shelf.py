@@ -5,6 +5,7 @@ import weakref
 
 import numpy as np
 
+from lmopt.artifact import require_space
 from lmopt.types import FloatArray
 
 
@@ -13,12 +14,20 @@ class Shelf:
 
     With a large vocabulary the logits of a gate take as much memory as a small model, and they are needed a few
     positions at a time.
+
+    Args:
+        positions: Positions of all rows together.
+        vocab_size: Width of the logits.
+
+    Raises:
+        DiskFullError: The system's folder for temporary files cannot hold them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, positions: int, vocab_size: int) -> None:
+        require_space(tempfile.gettempdir(), 4 * positions * vocab_size)
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the object
         self._starts: dict[int, int] = {}
-        self._width = 0
+        self._width = vocab_size
         weakref.finalize(self, self._file.close)
 
     def put(self, row: int, logits: FloatArray) -> None:
@@ -26,17 +35,13 @@ class Shelf:
 
         Args:
             row: Number to find it by.
-            logits: `(sequence, vocab)` float32; all rows have the same vocabulary.
-
-        Raises:
-            OSError: The disk of the system's folder for temporary files is full.
+            logits: `(sequence, vocab_size)` float32.
         """
-        self._width = logits.shape[1]
         self._starts[row] = self._file.seek(0, 2)
         self._file.write(np.ascontiguousarray(logits, np.float32).data)
 
     def read(self, row: int, start: int, positions: int) -> FloatArray:
-        """Read some positions of a row as `(positions, vocab)` float32.
+        """Read some positions of a row as `(positions, vocab_size)` float32.
 
         Args:
             row: A number given to `put`.

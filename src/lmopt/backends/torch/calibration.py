@@ -113,18 +113,18 @@ def read_all(
         done: Called after each pass with the passes so far and their number.
     """
     with torch.inference_mode():
+        passes: list[Callable[[], Any]]
         if len(setting.sources):
             after = FullForward(module, source=setting.current.facts.source)
-            for place, (row, source) in enumerate(zip(setting.rows, setting.sources, strict=True), 1):
-                after(row, source)
-                if done is not None:
-                    done(place, len(setting.rows))
-            return
-        batches = batches_of(setting.rows, device_of(module), tokens)
-        for place, batch in enumerate(batches, 1):
-            logits_of(module, batch)
+            given = zip(setting.rows, setting.sources, strict=True)
+            passes = [partial(after, row, source) for row, source in given]
+        else:
+            batches = batches_of(setting.rows, device_of(module), tokens)
+            passes = [partial(logits_of, module, batch) for batch in batches]
+        for place, read in enumerate(passes, 1):
+            read()
             if done is not None:
-                done(place, len(batches))
+                done(place, len(passes))
 
 
 def find_stack(module: nn.Module) -> tuple[str, Blocks] | None:

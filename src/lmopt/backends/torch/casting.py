@@ -198,7 +198,7 @@ def _leaving(module: nn.Module, limit: float, setting: Setting) -> dict[str, boo
 
         return hook
 
-    with ExitStack() as hooks, torch.inference_mode():
+    with ExitStack() as hooks:
         for path, part in module.named_modules():
             if path:
                 handle = part.register_forward_hook(watch(path), with_kwargs=True)

@@ -95,8 +95,7 @@ def export_both(
         if any(node.domain == MICROSOFT for node in model.graph):
             model.opset_imports[MICROSOFT], microsoft = 1, True
         refuse_recurrent_halves(request.module, model)
-        if target == "onnxruntime":
-            store_halves(model)
+        store_halves(model)
         data = f"{file}.data"
         ir.save(model, request.folder / file, external_data=data, size_threshold_bytes=1024)
         files += [one for one in (file, data) if (request.folder / one).exists()]

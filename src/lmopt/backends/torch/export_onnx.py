@@ -191,8 +191,7 @@ def _write(
     opset: int,
     target: str,
 ) -> dict[str, Any]:
-    if target == FUSED:
-        store_halves(model)
+    store_halves(model)
     ir.save(model, request.folder / GRAPH, external_data=DATA, size_threshold_bytes=1024)
     if target == FUSED:
         share_reshaped(request.folder / GRAPH)

@@ -5,17 +5,14 @@ most checkpoints: stored as they were, with a `Cast` that the engine folds when 
 of 32 is an eighth smaller, and what is computed is the same bit for bit.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
-# Place of the scales among the inputs.
-_SCALES: Final[Mapping[tuple[str, str], int]] = MappingProxyType(
-    {("com.microsoft", "MatMulNBits"): 2, ("com.microsoft", "GatherBlockQuantized"): 2}
-)
+_OPERATORS: Final = frozenset({"MatMulNBits", "GatherBlockQuantized"})
+# Place of the scales among the inputs of each.
+_SCALES: Final = 2
 # Below that, the node takes more room than it saves.
 _LEAST: Final = 1024
 
@@ -28,8 +25,7 @@ def store_halves(model: ir.Model) -> None:
     """
     graph = model.graph
     for node in list(graph):
-        place = _SCALES.get((node.domain, node.op_type))
-        scales = None if place is None else node.inputs[place]
+        scales = node.inputs[_SCALES] if node.op_type in _OPERATORS else None
         if scales is None or not scales.is_initializer() or scales.is_graph_output():
             continue
         tensor = scales.const_value
