@@ -1,18 +1,20 @@
 """How fast lmopt's engines decode, beside what a plain Python loop gets from the same libraries.
 
-    python benchmarks/decode.py [MODEL] [--rounds 5] [--json FILE]
+    python benchmarks/decode.py [MODEL] [--device cuda] [--dtype float16] [--rounds 5] [--json FILE]
 
 All four run in this one process, round by round in turn (`lmopt.evaluation.compare_speed`), so that a
 machine that slows down slows all of them:
 
 - `torch`, `onnxruntime`: lmopt's engines, as `lmopt.Runtime` opens them.
 - `transformers loop`: the module called with `use_cache` and its own cache, no padding mask.
-- `onnxruntime loop`: a session's `run` with NumPy arrays in and out.
+- `onnxruntime loop`: a session's `run` with NumPy arrays in and out; on the CPU only, as it would carry the cache to a
+  GPU and back for each token.
 
 A difference between an engine and its loop is what lmopt costs, or gains.
 """
 
 import argparse
+import copy
 import json
 import os
 import tempfile
@@ -35,9 +37,10 @@ class TransformersLoop:
 
     ragged = False
 
-    def __init__(self, module: Any, facts: ModelFacts) -> None:
+    def __init__(self, module: Any, facts: ModelFacts, device: str) -> None:
         self.facts = facts
-        self._module = module
+        self._module = module if device == "cpu" else copy.deepcopy(module).to(device)
+        self._device = device
         self._cache_name = cache_name(module)
 
     def begin(self, batch: int, *, capacity: int | None = None, padding_side: str = "right") -> Any:
@@ -52,9 +55,12 @@ class TransformersLoop:
 
         with torch.inference_mode():
             result = self._module(
-                torch.from_numpy(input_ids), use_cache=True, logits_to_keep=1, **{self._cache_name: state}
+                torch.from_numpy(input_ids).to(self._device),
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._cache_name: state},
             )
-            return result.logits.numpy(), cache_of(result)
+            return result.logits.float().cpu().numpy(), cache_of(result)
 
 
 class SessionLoop:
@@ -93,7 +99,14 @@ class SessionLoop:
 
 
 def run(
-    source: str | Path, *, prompt_tokens: int, new_tokens: int, rounds: int, batch: int
+    source: str | Path,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    batch: int,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Measure everything on one model.
 
@@ -103,25 +116,30 @@ def run(
         new_tokens: Tokens generated in a round.
         rounds: Rounds that count.
         batch: Rows at once.
+        device: Where all of them run.
+        dtype: What all of them compute in.
 
     Returns:
         Plain values: `machine`, `load_average` before and after, `speed` by name, `decode_ratios`.
     """
     load_before = os.getloadavg()
-    model = lmopt.Model.from_pretrained(source, dtype="float32")
+    model = lmopt.Model.from_pretrained(source, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         artifact = lmopt.Exporter("onnx").export(model, Path(folder) / "onnx")
         graph = artifact.file("model.onnx")
-        eager = lmopt.Runtime(model, backend="torch")
-        exported = lmopt.Runtime(artifact, backend="onnxruntime")
+        eager = lmopt.Runtime(model, backend="torch", device=device)
+        exported = lmopt.Runtime(artifact, backend="onnxruntime", device=device)
         reports = {one.backend: one.report() for one in (eager, exported)}
         engines: dict[str, Any] = {
             "torch": eager.engine,
-            "transformers loop": TransformersLoop(model.module, model.facts),
+            "transformers loop": TransformersLoop(model.module, model.facts, device),
             "onnxruntime": exported.engine,
-            "onnxruntime loop": SessionLoop(graph, model.facts, reports["onnxruntime"].actual.threads),
         }
-        require_equal_tokens(engines)
+        if device == "cpu":
+            threads = reports["onnxruntime"].actual.threads
+            engines["onnxruntime loop"] = SessionLoop(graph, model.facts, threads)
+        if dtype == "float32":
+            require_equal_tokens(engines)
         speed = compare_speed(
             engines,
             prompt_tokens=prompt_tokens,
@@ -143,7 +161,11 @@ def run(
         "decode_ratios": {
             "onnxruntime / torch": decode["onnxruntime"] / decode["torch"],
             "torch / transformers loop": decode["torch"] / decode["transformers loop"],
-            "onnxruntime / onnxruntime loop": decode["onnxruntime"] / decode["onnxruntime loop"],
+            **(
+                {"onnxruntime / onnxruntime loop": decode["onnxruntime"] / decode["onnxruntime loop"]}
+                if "onnxruntime loop" in decode
+                else {}
+            ),
         },
     }
 
@@ -171,6 +193,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16"))
     parser.add_argument("--json", type=Path, help="also write the figures here")
     asked = parser.parse_args()
     result = run(
@@ -179,6 +203,8 @@ def main() -> None:
         new_tokens=asked.new_tokens,
         rounds=asked.rounds,
         batch=asked.batch,
+        device=asked.device,
+        dtype=asked.dtype,
     )
     print(f"{'':20} {'decode tokens/s':>24} {'prefill tokens/s':>24} {'first token ms':>24}")
     for name, figures in result["speed"].items():

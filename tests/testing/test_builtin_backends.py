@@ -9,14 +9,16 @@ NO_MODULES = "a torch.export program is one graph: it has no modules whose outpu
 
 
 @pytest.mark.slow
-@parametrize_backend_checks("torch", expected_failures={"taps_show_values[*-torch.export-*]": NO_MODULES})
+@parametrize_backend_checks(
+    "torch", devices=("cpu",), expected_failures={"taps_show_values[*-torch.export-*]": NO_MODULES}
+)
 def test_torch(check: PlannedCheck, full_sweep: bool) -> None:
     skip_half_types_of_graphs(check, full_sweep)
     check()
 
 
 @pytest.mark.slow
-@parametrize_backend_checks("onnxruntime")
+@parametrize_backend_checks("onnxruntime", devices=("cpu",))
 def test_onnxruntime(check: PlannedCheck, full_sweep: bool) -> None:
     skip_half_types_of_graphs(check, full_sweep)
     check()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from lmopt.backends.onnxruntime import providers, session
-from lmopt.backends.onnxruntime.growing_cache import GrowingCacheEngine
 from lmopt.backends.onnxruntime.providers import CPU, CUDA, TENSORRT
 from lmopt.errors import DeviceError, EngineError, UnsupportedOptionError
 
@@ -134,27 +133,37 @@ def test_a_silent_fallback_is_an_error(opened, artifacts, monkeypatch):
 def test_the_state_stays_where_it_is_computed(opened, monkeypatch):
     """The way of a GPU, taken on the CPU: bound outputs instead of returned ones give the same numbers."""
     plain, bound = opened("portable"), opened("portable")
-    monkeypatch.setattr(type(bound._graph), "device", property(lambda self: self._settings.device))
     ids = np.array([[5, 6, 7, 8]])
     expected, before = plain.forward(ids, np.array([4]), plain.begin(1))
-    calls = []
-    run = GrowingCacheEngine._run_on_device
-    monkeypatch.setattr(GrowingCacheEngine, "_run_on_device", lambda *a: calls.append(1) or run(*a))
 
-    class Cpu(str):
-        """Equal to nothing, so that the other way is taken; and yet the CPU."""
+    asked = []
 
-        __slots__ = ()
-        __hash__ = str.__hash__
+    class Session:
+        """The session, whose outputs can be bound only; what is to stay on a GPU stays on the CPU."""
 
-        def __eq__(self, other):
-            return False
+        def __getattr__(self, name):
+            assert name != "run_with_ort_values"
+            return getattr(session_of_cpu, name)
 
-    monkeypatch.setattr(type(bound._graph), "device", property(lambda self: Cpu("cpu:0")))
+        def io_binding(self):
+            io = session_of_cpu.io_binding()
+            bind = io.bind_output
+
+            def on_cpu(name, device="cpu", index=0):
+                asked.append((name, device, index))
+                bind(name, "cpu")
+
+            io.bind_output = on_cpu
+            return io
+
+    session_of_cpu = bound._graph.session()
+    monkeypatch.setattr(bound._graph, "session", Session)
+    monkeypatch.setattr(type(bound._graph), "device", "cuda:3")
     given, after = bound.forward(ids, np.array([4]), bound.begin(1))
     np.testing.assert_array_equal(given, expected)
     given, _ = bound.forward(ids[:, :1], np.array([1]), after)
     monkeypatch.undo()
     expected, _ = plain.forward(ids[:, :1], np.array([1]), before)
     np.testing.assert_array_equal(given, expected)
-    assert calls == [1, 1]
+    assert ("logits", "cpu", 0) in asked
+    assert {(device, index) for name, device, index in asked if name != "logits"} == {("cuda", 3)}

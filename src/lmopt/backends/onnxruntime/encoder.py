@@ -5,7 +5,7 @@ from typing import Final
 
 import numpy as np
 
-from lmopt.backends.onnxruntime.graph import open_session, run_options
+from lmopt.backends.onnxruntime.graph import open_session, run_options, run_values
 from lmopt.backends.onnxruntime.session import SessionSettings, ort
 from lmopt.contracts import ArtifactView
 from lmopt.errors import ClosedError, CorruptArtifactError, EngineError
@@ -40,6 +40,7 @@ class Encoder:
         file = artifact.manifest["formats"]["onnx"]["encoder"]
         self._session: ort.InferenceSession | None = open_session(artifact, file, settings, widened=widened)
         self._options = run_options()
+        self._device = settings.device
         self._outputs = {one.past.name: source_name(one.past.name) for one in signature.from_source}
         given = {one.name for one in self._session.get_outputs()}
         inputs = self._session.get_inputs()
@@ -73,7 +74,7 @@ class Encoder:
             name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(one)) for name, one in feeds.items()
         }
         try:
-            results = session.run_with_ort_values(list(self._outputs.values()), values, self._options)
+            results = run_values(session, self._device, values, list(self._outputs.values()), self._options)
         except Exception as error:
             if self._session is None:
                 raise ClosedError(

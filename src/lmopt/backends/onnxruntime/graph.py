@@ -197,6 +197,42 @@ def open_session(
     return session
 
 
+def run_values(
+    session: "ort.InferenceSession",
+    device: str,
+    feeds: Mapping[str, "ort.OrtValue"],
+    outputs: Sequence[str],
+    options: "ort.RunOptions",
+) -> Sequence["ort.OrtValue"]:
+    """Run, and leave what a graph gives where it was computed; only logits come to the host.
+
+    Args:
+        session: Of a graph.
+        device: Where it computes, as it was asked for.
+        feeds: Name to value of each input, wherever they lie.
+        outputs: Names of what is wanted.
+        options: Of the run.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        values: Sequence[ort.OrtValue] = session.run_with_ort_values(outputs, feeds, options)
+        return values
+    io = session.io_binding()
+    for name, value in feeds.items():
+        io.bind_ortvalue_input(name, value)
+    for name in outputs:
+        if name == LOGITS:
+            io.bind_output(name, "cpu")
+        else:
+            io.bind_output(name, kind, int(index or 0))
+    # What lies on the host is copied while this goes on, and nothing else waits for the copies.
+    io.synchronize_inputs()
+    session.run_with_iobinding(io, options)
+    io.synchronize_outputs()
+    bound: Sequence[ort.OrtValue] = io.get_outputs()
+    return bound
+
+
 def run_options() -> "ort.RunOptions":
     """Make options of runs that can be stopped together."""
     options = ort.RunOptions()

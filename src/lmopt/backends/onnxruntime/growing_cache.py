@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from lmopt.backends.onnxruntime.encoder import Encoder
-from lmopt.backends.onnxruntime.graph import Graph
+from lmopt.backends.onnxruntime.graph import Graph, run_values
 from lmopt.backends.onnxruntime.session import ort
 from lmopt.checking import check_sources, state_begins_with_source
 from lmopt.contracts import EngineReport, PaddingSide
@@ -91,12 +91,9 @@ class GrowingCacheEngine:
         step = self._signature.step(input_ids, lengths, state)
         feeds = {name: _to_ort(array) for name, array in step.feeds.items()}
         try:
-            if self._graph.device == "cpu":
-                logits, *present = session.run_with_ort_values(
-                    self._outputs, feeds | state.tensors, self._graph.run_options
-                )
-            else:
-                logits, *present = self._run_on_device(session, feeds | state.tensors)
+            logits, *present = run_values(
+                session, self._graph.device, feeds | state.tensors, self._outputs, self._graph.run_options
+            )
         except Exception as error:
             raise self._graph.failed(error, len(lengths), input_ids.shape[1]) from error
         tensors = state.tensors | {
@@ -105,21 +102,6 @@ class GrowingCacheEngine:
         aligned = step.align(logits.numpy(), last_only=last_only)
         after = replace(state, tensors=tensors, mask=step.mask, lengths=step.lengths)
         return aligned.astype(np.float32, copy=False), after
-
-    def _run_on_device(
-        self, session: "ort.InferenceSession", feeds: Mapping[str, "ort.OrtValue"]
-    ) -> Sequence["ort.OrtValue"]:
-        """Run, and leave the state where it was computed; only the logits come to the host."""
-        kind, _, index = self._graph.device.partition(":")
-        io = session.io_binding()
-        for name, value in feeds.items():
-            io.bind_ortvalue_input(name, value)
-        io.bind_output(LOGITS, "cpu")
-        for name in self._outputs[1:]:
-            io.bind_output(name, kind, int(index or 0))
-        session.run_with_iobinding(io, self._graph.run_options)
-        values: Sequence[ort.OrtValue] = io.get_outputs()
-        return values
 
     def select(self, state: ArrayState, rows: IntArray) -> ArrayState:
         """Keep, drop, reorder or repeat rows."""
@@ -147,12 +129,13 @@ class GrowingCacheEngine:
         after = replace(state, mask=mask, lengths=kept)
         if slots == state.mask.shape[1]:
             return after
-        arrays = _with_arrays(after)
+        tensors = dict(state.tensors)
         for one in self._signature.changing:
             assert one.past_axis is not None
-            shorter = (slice(None),) * one.past_axis + (slice(slots),)
-            arrays.tensors[one.past.name] = arrays.tensors[one.past.name][shorter]
-        return _with_ort_values(arrays)
+            kept_slots = (slice(None),) * one.past_axis + (slice(slots),)
+            # A copy: the array that a value shows does not keep alive the array that the value was made from.
+            tensors[one.past.name] = _to_ort(tensors[one.past.name].numpy()[kept_slots].copy())
+        return replace(after, tensors=tensors)
 
     def copy(self, state: ArrayState, *, capacity: int | None = None) -> ArrayState:
         """Make an independent copy: calls make new values and leave old ones alone, so both share them."""

@@ -111,6 +111,9 @@ def create_session(
         captured() if on_gpu else contextlib.nullcontext([])
     )
     with capture as lines:
+        if on_gpu and hasattr(ort, "preload_dlls"):
+            # Nothing else finds the CUDA libraries that pip has installed beside it, where torch is not imported.
+            ort.preload_dlls(directory="")
         try:
             session = ort.InferenceSession(source, options, providers=wanted)
         except Exception as error:
@@ -123,7 +126,8 @@ def create_session(
     started_or_raise(device, provider, session.get_providers(), lines)
     if on_gpu:
         placement(session, device)
-        sys.stderr.writelines(f"{line}\n" for line in lines)
+        # Warnings of ONNX Runtime were told to be kept back, and some of its parts do not know of that.
+        sys.stderr.writelines(f"{line}\n" for line in lines if "[W:onnxruntime:" not in line)
     return session
 
 

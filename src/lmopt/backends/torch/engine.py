@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -107,12 +108,12 @@ def _decoder(request: EngineRequest, device: torch.device, *, trust: bool) -> De
         raise UnsupportedOptionError("backend 'torch' was given neither a module nor an artefact")
     if request.module is None:
         assert request.artifact is not None
-        program = read_program(request.artifact, request.facts.vocab_size, trust=trust)
+        program = read_program(request.artifact, request.facts.vocab_size, device, trust=trust)
         has = dtype_name(program)
-        if request.dtype not in {"auto", has} or device.type != "cpu":
+        if request.dtype not in {"auto", has}:
             raise UnsupportedError(
-                f"a torch.export program computes where and as it was exported: in {has}, on the cpu; asked "
-                f"for {request.dtype} on {request.device}. Run the original model there."
+                f"a torch.export program computes in what it was exported in, {has}; asked for {request.dtype}. Run "
+                "the original model in it, or export that"
             )
         return program
     module: nn.Module = request.module
@@ -284,7 +285,8 @@ class TorchEngine:
             device=str(weight.device),
             dtype=dtype_name(module),
             threads=self._threads,
-            versions={"torch": torch.__version__},
+            # The wheel's own number: what torch calls itself may have a build behind it, as +cu130.
+            versions={"torch": version("torch")},
             details={
                 "module": type(module).__name__,
                 "ragged": self.ragged,
@@ -378,6 +380,10 @@ def _set_precision(*, allow_tf32: bool) -> None:
     wanted = "tf32" if allow_tf32 else "ieee"
     cudnn: Any = torch.backends.cudnn  # its parts are set at run time, which its types do not know
     parts: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    if all(part.fp32_precision == wanted for part in parts):
+        return
+    # The older switches as well, and first: torch's tracer reads them, which is an error where they and the newer ones
+    # disagree, so that no model could be exported in this process any more.
+    torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = allow_tf32
     for part in parts:
-        if part.fp32_precision != wanted:
-            part.fp32_precision = wanted
+        part.fp32_precision = wanted

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name
 from lmopt.backends.torch.tracing import export_program
@@ -78,12 +79,15 @@ class ProgramDecoder(Decoder):
         return logits, list(after)
 
 
-def read_program(artifact: ArtifactView, vocab_size: int, *, trust: bool) -> ProgramDecoder:
+def read_program(
+    artifact: ArtifactView, vocab_size: int, device: torch.device, *, trust: bool
+) -> ProgramDecoder:
     """Read the program of an artefact.
 
     Args:
         artifact: Artefact that holds the format `torch.export`.
         vocab_size: Size of the logits' last axis.
+        device: Where it is to compute; programs are written for the CPU and moved.
         trust: Whether the caller grants that the file may run code: torch reads parts of a .pt2
             with pickle.
 
@@ -105,5 +109,7 @@ def read_program(artifact: ArtifactView, vocab_size: int, *, trust: bool) -> Pro
         StateTensor.of(TensorSpec(name, dtype, tuple(shape))) for name, dtype, shape in described["state"]
     )
     signature = Signature(state, described["has_mask"], described["has_positions"], vocab_size)
+    if device.type != "cpu":
+        program = move_to_device_pass(program, device)
     # The trace assumes sizes above 1 and would refuse others; the parity gate has run it on them.
     return ProgramDecoder(program.module(check_guards=False), signature)

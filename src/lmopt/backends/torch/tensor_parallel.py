@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -162,7 +163,7 @@ class TensorParallelEngine:
             device=self._device,
             dtype=self._dtype,
             threads=self._threads,
-            versions={"torch": torch.__version__},
+            versions={"torch": version("torch")},
             details={
                 "tensor_parallel_size": len(self._ranks),
                 "ranks": self._ranks.pids,
