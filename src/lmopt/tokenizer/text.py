@@ -268,7 +268,8 @@ class Tokenizer:
             UnsafeArtifactError: A template's name would lead out of the folder.
         """
         root = Path(folder)
-        (root / TOKENIZER_FILE).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        # Without indentation: that of a vocabulary of 49,152 takes more room than what it indents.
+        (root / TOKENIZER_FILE).write_text(self._backend.to_str(), encoding="utf-8")
         config = json.dumps(self.settings.to_config(), indent=2, ensure_ascii=False, sort_keys=True)
         (root / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
         for name, source in self.settings.chat_templates.items():

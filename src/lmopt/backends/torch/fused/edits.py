@@ -81,7 +81,7 @@ class Edits:
         key = str(array.dtype) + str(array.shape), array.tobytes()
         if key not in self._constants:
             self._constants[key] = self.initializer(
-                f"lmopt_{name}_{len(self._constants)}", ir.tensor(np.ascontiguousarray(array))
+                f"lmopt_{name}_{len(self._constants)}", ir.tensor(np.array(array, order="C"))
             )
         return self._constants[key]
 

@@ -16,6 +16,7 @@ from lmopt.backends.torch.fused.packing import cut_columns, pack
 from lmopt.backends.torch.fused.probe import probe
 from lmopt.backends.torch.fused.reason import InexpressibleError
 from lmopt.backends.torch.fused.skips import join_skips
+from lmopt.backends.torch.fused.tables import compute_tables
 from lmopt.backends.torch.fused.trace import trace
 from lmopt.backends.torch.fused.twin import twin_of
 from lmopt.backends.torch.graph import find_taps, fold, name_boundary, tidy
@@ -77,7 +78,7 @@ def fused_graph(
     fold(model)
     # Of what is computed twice from the same value, one remains, so that its readers can be packed.
     CommonSubexpressionEliminationPass()(model)
-    for step in (drop_idle, cut_columns, pack, join_skips, finish_linears, finish_boundary):
+    for step in (drop_idle, cut_columns, pack, join_skips, finish_linears, finish_boundary, compute_tables):
         # What nothing reads any more must neither be packed nor hold on to an input.
         RemoveUnusedNodesPass()(model)
         step(edits)

@@ -56,14 +56,14 @@ def finish_boundary(edits: Edits) -> None:
     first = next(iter(graph))
     ids, positions, lengths, total, new, *state = graph.inputs
     mask = ir.Value(name=ATTENTION_MASK, type=ir.TensorType(ir.DataType.INT64))
-    one, axis = edits.constant(np.array([1]), "one"), edits.constant(np.array(1), "axis")
+    one = edits.constant(np.array([1]), "one")
 
     def apply(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         return edits.node(operator, inputs, first, **attributes).outputs[0]
 
     tokens = apply("ReduceSum", mask, one, keepdims=0)
     edits.replace(lengths, apply("Cast", apply("Sub", tokens, one), to=_INT32))
-    edits.replace(total, apply("Cast", apply("Gather", apply("Shape", mask), axis, axis=0), to=_INT32))
+    edits.replace(total, apply("Cast", apply("Gather", apply("Shape", mask), one, axis=0), to=_INT32))
     width = apply("Cast", apply("Shape", ids, start=1), to=_INT32)
     edits.replace(new, apply("Expand", width, apply("Shape", ids, end=1)))
     keep = edits.initializer(LOGITS_TO_KEEP, ir.tensor(np.array([0])))

@@ -1,0 +1,112 @@
+"""Let a graph make its tables of cosines and sines when it is loaded, where that gives the numbers that it holds.
+
+A table has a row for each position that the model can read: 2 MB of a model of 8,192 positions, 67 MB of one of
+131,072. Runtimes compute what is constant once, when they load a graph.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+
+from lmopt.backends.torch.fused.edits import Edits
+from lmopt.backends.torch.fused.operators import MICROSOFT
+from lmopt.types import AnyArray, FloatArray
+
+_COS, _SIN = 7, 8
+"""Inputs of GroupQueryAttention."""
+_LEAST_BYTES: Final = 1 << 16
+_NEAR: Final = np.array([0, -1, 1, -2, 2, -3, 3, -4, 4], np.int32)
+"""Float32 numbers beside an estimate that are tried, counted from it; of equally good ones the nearest is taken."""
+_LAST: Final = 64
+"""Positions by which neighbouring frequencies are told apart: the last, where they are furthest from each other."""
+
+
+def compute_tables(edits: Edits) -> None:
+    """Put the frequencies in the place of tables that follow from them.
+
+    Args:
+        edits: A finished graph; changed in place.
+    """
+    made: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value] | None] = {}
+    for node in list(edits.graph):
+        if (node.domain, node.op_type) != (MICROSOFT, "GroupQueryAttention") or len(node.inputs) <= _SIN:
+            continue
+        cos, sin = node.inputs[_COS], node.inputs[_SIN]
+        if cos is None or sin is None:
+            continue
+        if (cos, sin) not in made:
+            made[cos, sin] = _computed(edits, cos, sin)
+        if (found := made[cos, sin]) is not None:
+            node.replace_input_with(_COS, found[0])
+            node.replace_input_with(_SIN, found[1])
+
+
+def frequencies_of(cos: FloatArray, sin: FloatArray) -> tuple[FloatArray, float] | None:
+    """Find what a table was made from, if it is `scale * cos(position * frequency)` in float32.
+
+    Args:
+        cos: `(positions, columns)` float32.
+        sin: Likewise.
+
+    Returns:
+        `(columns,)` float32 frequencies and the scale that give the table but for the last bit; `None` if none do.
+    """
+    if len(cos) < 2 or cos.dtype != np.float32 or not cos[0, 0] > 0:
+        return None
+    scale = float(cos[0, 0])
+    estimate = np.arctan2(sin[1].astype(np.float64), cos[1].astype(np.float64)).astype(np.float32)
+    if not (estimate > 0).all():
+        return None
+    # Rounding of the two entries leaves the estimate a few numbers from the frequency itself.
+    tried = (estimate.view(np.int32)[None] + _NEAR[:, None]).view(np.float32)
+    positions = np.arange(len(cos), dtype=np.float32)
+    last = slice(max(0, len(cos) - _LAST), None)
+    errors = [
+        sum(
+            np.abs(_table(function, positions[last], one, scale) - table[last]).sum(axis=0)
+            for function, table in ((np.cos, cos), (np.sin, sin))
+        )
+        for one in tried
+    ]
+    best = tried[np.argmin(errors, axis=0), np.arange(cos.shape[1])]
+    rounding = 2 * np.spacing(np.float32(scale))
+    exact = all(
+        np.abs(_table(function, positions, best, scale) - table).max() <= rounding
+        for function, table in ((np.cos, cos), (np.sin, sin))
+    )
+    return (best, scale) if exact else None
+
+
+def _table(function: np.ufunc, positions: FloatArray, frequencies: FloatArray, scale: float) -> FloatArray:
+    """Compute a table as the graph will: angles in float32, all else in float64."""
+    angles = (positions[:, None] * frequencies[None]).astype(np.float64)
+    return np.asarray(function(angles) * scale).astype(np.float32)
+
+
+def _computed(edits: Edits, cos: ir.Value, sin: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    if cos.const_value is None or sin.const_value is None or cos.const_value.nbytes < _LEAST_BYTES:
+        return None
+    arrays: list[AnyArray] = [cos.const_value.numpy(), sin.const_value.numpy()]
+    if (found := frequencies_of(*arrays)) is None:
+        return None
+    frequencies, scale = found
+    first = next(iter(edits.graph))
+
+    def apply(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        return edits.node(operator, inputs, first, **attributes).outputs[0]
+
+    ends = [
+        edits.constant(np.array(value, np.float32), name)
+        for value, name in ((0, "start"), (len(arrays[0]), "positions"), (1, "step"))
+    ]
+    positions = apply("Unsqueeze", apply("Range", *ends), edits.constant(np.array([1]), "one"))
+    angles = apply("Mul", positions, edits.constant(frequencies[None], "frequencies"))
+    angles = apply("Cast", angles, to=ir.DataType.DOUBLE.value)
+    tables = []
+    for operator in ("Cos", "Sin"):
+        table = apply(operator, angles)
+        if scale != 1:
+            table = apply("Mul", table, edits.constant(np.array(scale), "scale"))
+        tables.append(apply("Cast", table, to=ir.DataType.FLOAT.value))
+    return tables[0], tables[1]
