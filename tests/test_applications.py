@@ -120,10 +120,15 @@ def test_transcribe_tells_when_it_is_said() -> None:
         assert [one.start_s for one in found] == pytest.approx([one.start_s for one in heard], abs=0.011)
         assert found[-1].start_s > 6000 / 16000
         # A language model reads words, not times.
-        with lmopt.Runtime(lmopt.Model.from_module(tiny_gpt(), tokenizer=WORDS)) as lm:
+        with lmopt.Runtime(
+            lmopt.Model.from_module(tiny_gpt(), tokenizer=WORDS, generation_config={"bos_token_id": 1})
+        ) as lm:
             opinion = Opinion(lm, 0.0)
             beams = {"num_beams": 3, "return_timestamps": True}
             assert rt.transcribe(sound[0], opinion=opinion, **beams) == rt.transcribe(sound[0], **beams)
+            fused = Fusion(lm.engine, 0.1, 1)
+            with pytest.raises(UnsupportedOptionError, match="a language model knows no times"):
+                rt.generate(hear(sound[0]), decoder_input_ids=[3], fusion=fused, return_timestamps=True)
             with pytest.raises(UnsupportedOptionError, match="a language model knows no times"):
                 rt.transcribe(sound[0], opinion=Opinion(lm, 0.1, "fuse"), return_timestamps=True)
     silent = lmopt.Model.from_module(tiny_whisper(), tokenizer=WORDS, generation_config={"eos_token_id": 2})

@@ -206,7 +206,7 @@ class Applications:
                 sources,
                 config,
                 decoder_input_ids=prompts,
-                fusion=self._fusion(opinion, timed=config.return_timestamps),
+                fusion=self._fusion(opinion),
             )
         cut = [place for place, one in enumerate(found) if one.finish_reason == "length"]
         if cut:
@@ -222,16 +222,11 @@ class Applications:
         words = [token for token in one.token_ids if token <= config.no_timestamps_token_id]
         return replace(one, text=self._need_tokenizer().decode(words, skip_special_tokens=True))
 
-    def _fusion(self, opinion: Opinion, *, timed: bool) -> Fusion:
+    def _fusion(self, opinion: Opinion) -> Fusion:
         if opinion.method != "fuse" or opinion.word_bonus:
             raise UnsupportedOptionError(
                 f"method={opinion.method!r}, word_bonus={opinion.word_bonus}; expected 'rescore', or 'fuse' without "
                 "word_bonus"
-            )
-        if timed:
-            raise UnsupportedOptionError(
-                "return_timestamps=True with method='fuse': a language model knows no times. Let it choose among whole "
-                "texts instead: method='rescore'"
             )
         theirs, start = opinion.language_model.tokenizer, start_token(opinion.language_model)
         if theirs is None or theirs.vocabulary() != self._need_tokenizer().vocabulary():

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lmopt.compression.step import Step
     from lmopt.evaluation.loss import CompressionReport
     from lmopt.evaluation.tolerances import Tolerance
+    from lmopt.interop.references import Pairs
     from lmopt.model import Model
 
 
@@ -124,9 +125,12 @@ def compress(
     with PeakMemory() as memory:
         model = open_model(out, source, dtype=dtype, trust=trust)
         texts = None if text is None else [_head(model, text, tokens)]
-        sources = None
+        sources = judges = None
         if pairs is not None:
-            sources, texts = _read(model, pairs)
+            from lmopt.interop.references import judging_library
+
+            judges, sources, texts = _read(model, pairs)
+            judging_library(judges)  # what is missing is said before minutes of work
         with out.progress() as tell, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", LossWarning)
             small = compressor.compress(
@@ -149,7 +153,7 @@ def compress(
         f"{artifact.path}: {size(sum(one.stat().st_size for one in artifact.path.iterdir()))}; "
         f"{seconds:.0f} s in all, peak memory {size(memory.peak_bytes)}"
     )
-    written = {} if pairs is None else _written(out, model, small, pairs)
+    written = {} if judges is None else _written(out, model, small, judges)
     measured = {} if speed is None else _speeds(out, model, small, speed)
     out.note(next_step(folder, model.facts, "onnxruntime"))
     out.result(
@@ -229,7 +233,7 @@ def _calibration(
                 "an encoder-decoder reads all pairs of the file: leave --rows, --row-tokens and --seed out",
                 param_hint="--calibration",
             )
-        sources, right = _read(model, path)
+        _, sources, right = _read(model, path)
         return Calibration(right, sources=sources)
     texts = None if path is None else (path.read_text(encoding="utf-8"),)
     return Calibration(texts, rows=rows, row_tokens=row_tokens, seed=seed)
@@ -263,24 +267,24 @@ def _head(model: "Model", path: Path, tokens: int) -> str:
     )
 
 
-def _read(model: "Model", path: Path) -> tuple[list[Any], list[str]]:
-    """Give sources as the model's encoder takes them, and what is right."""
+def _read(model: "Model", path: Path) -> "tuple[Pairs, list[Any], list[str]]":
+    """Give pairs, their sources as the model's encoder takes them, and what is right."""
     from lmopt.errors import UnsupportedError
     from lmopt.interop.references import read_pairs
 
     if model.facts.source is None:
         raise UnsupportedError(f"{model.source} has no encoder, so there are no pairs for it; give --text")
     pairs = read_pairs(path)
-    return list(pairs.read(model.facts.source)), list(pairs.texts)
+    return pairs, list(pairs.read(model.facts.source)), list(pairs.texts)
 
 
-def _written(out: Output, model: "Model", small: "Model", path: Path) -> dict[str, Any]:
+def _written(out: Output, model: "Model", small: "Model", pairs: "Pairs") -> dict[str, Any]:
     """Judge what the original and the compressed model write."""
     with (
         open_runtime(out, model, backend="torch") as before,
         open_runtime(out, small, backend="torch") as after,
     ):
-        return judged(out, {"before": before, "after": after}, path)
+        return judged(out, {"before": before, "after": after}, pairs)
 
 
 def _speeds(out: Output, model: "Model", small: "Model", engine: str) -> dict[str, Any]:

@@ -83,8 +83,12 @@ def evaluate(
             exposures(out, runtime, canaries)
         return
     if pairs is not None:
+        from lmopt.interop.references import judging_library, read_pairs
+
+        given = read_pairs(pairs)
+        judging_library(given)
         with open_runtime(out, source, **engine) as runtime:
-            judgements = judged(out, {"value": runtime}, pairs, num_beams=num_beams)
+            judgements = judged(out, {"value": runtime}, given, num_beams=num_beams)
             out.result({"pairs": pairs, **asdict(judgements["value"]), "engine": runtime.report().actual})
         return
     if tasks is not None:

@@ -82,6 +82,11 @@ def generate(
     workspace = workspace or Workspace()
     if fusion is not None and any(row.config.do_sample for row in rows):
         raise UnsupportedOptionError("fusion with sampling is not implemented. Pass do_sample=False.")
+    if fusion is not None and any(row.config.return_timestamps for row in rows):
+        raise UnsupportedOptionError(
+            "fusion with return_timestamps=True: a language model knows no times. Let it choose among whole texts "
+            "instead: transcribe(..., method='rescore')"
+        )
     if fusion is not None or any(row.config.num_beams > 1 for row in rows):
         if any(row.config != rows[0].config for row in rows):
             raise UnsupportedOptionError(

@@ -125,7 +125,7 @@ def judge(
         NotInstalledError: jiwer or sacrebleu is missing; the message has the command.
         UnsupportedError: The model reads something else than the sources are.
     """
-    library = _library("jiwer" if pairs.are_sound else "sacrebleu")
+    library = judging_library(pairs)
     source = runtime.facts.source
     if source is None or (source.kind == "features") != pairs.are_sound:
         raise UnsupportedError(
@@ -190,6 +190,15 @@ def word_errors(right: Sequence[str], texts: Sequence[str]) -> Judgement:
         "jiwer, lower case without punctuation",
         tuple(texts),
     )
+
+
+def judging_library(pairs: Pairs) -> ModuleType:
+    """Import what judges texts of such sources.
+
+    Raises:
+        NotInstalledError: It is missing; the message has the command.
+    """
+    return _library("jiwer" if pairs.are_sound else "sacrebleu")
 
 
 def _library(name: str) -> ModuleType:
