@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--vocab", type=int, default=4096)
     asked = parser.parse_args()
+    if asked.out.exists():
+        raise SystemExit(f"{asked.out} exists; give another folder, or remove it")
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,6 +62,8 @@ def main() -> None:
             num_key_value_heads=4,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     )
     with tempfile.TemporaryDirectory() as name:

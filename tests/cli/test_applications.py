@@ -1,12 +1,14 @@
 """`lmopt translate` and `lmopt transcribe` on tiny models."""
 
 import json
+import sys
 import wave
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -146,5 +148,13 @@ def test_pairs_are_judged_before_and_after_compression(tmp_path: Path, call: Any
     )  # fmt: skip
     assert read.status == 0, read.stderr
     assert read.data["recipe"][0]["step"] == "gptq"
+    # What judges is looked for before the work, not after it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "sacrebleu", None)
+        done = call(*asked[:2], tmp_path / "unjudged", *asked[3:], "--pairs", pairs)
+        assert done.status == 1
+        assert "this needs sacrebleu" in done.stderr
+        assert not (tmp_path / "unjudged").exists()
+        assert "this needs sacrebleu" in call("eval", folder, "--pairs", pairs).stderr
     done = call("eval", folder, "--pairs", pairs, "--text", pairs)
     assert done.status == 2

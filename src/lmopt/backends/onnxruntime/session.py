@@ -1,6 +1,8 @@
 """Create ONNX Runtime sessions that are exactly what was asked for, or an error."""
 
 import contextlib
+import functools
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -106,14 +108,12 @@ def create_session(
     on_gpu = provider != CPU
     if on_gpu:
         require_driver(device)
+        _load_cuda_libraries()
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     capture: contextlib.AbstractContextManager[list[str]] = (
         captured() if on_gpu else contextlib.nullcontext([])
     )
     with capture as lines:
-        if on_gpu and hasattr(ort, "preload_dlls"):
-            # Nothing else finds the CUDA libraries that pip has installed beside it, where torch is not imported.
-            ort.preload_dlls(directory="")
         try:
             session = ort.InferenceSession(source, options, providers=wanted)
         except Exception as error:
@@ -129,6 +129,17 @@ def create_session(
         # Warnings of ONNX Runtime were told to be kept back, and some of its parts do not know of that.
         sys.stderr.writelines(f"{line}\n" for line in lines if "[W:onnxruntime:" not in line)
     return session
+
+
+@functools.cache
+def _load_cuda_libraries() -> None:
+    """Load the CUDA libraries that pip has installed: nothing else finds them where torch is not imported.
+
+    What it has to say about those that it does not find is dropped: a provider that misses one says so itself.
+    """
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls(directory="")
 
 
 def _name(model: Path | bytes) -> str:

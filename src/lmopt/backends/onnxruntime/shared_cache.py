@@ -54,7 +54,7 @@ class SharedCacheEngine:
     left with a single one. With `deterministic` this holds for calls of one token too, which then take
     two, row by row; no split makes a difference any more. Two things are not covered: the last
     position of the context, behind which there is no room for padding, and graphs that compute sines
-    themselves (where a head is no multiple of 16 wide), as vector instructions round those otherwise at an edge.
+    in each call (where a head is no multiple of 16 wide), as vector instructions round those otherwise at an edge.
 
     Args:
         graph: Graph of the dialect `"onnxruntime"`; closed by this engine.

@@ -380,8 +380,6 @@ def _set_precision(*, allow_tf32: bool) -> None:
     wanted = "tf32" if allow_tf32 else "ieee"
     cudnn: Any = torch.backends.cudnn  # its parts are set at run time, which its types do not know
     parts: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    if all(part.fp32_precision == wanted for part in parts):
-        return
     # The older switches as well, and first: torch's tracer reads them, which is an error where they and the newer ones
     # disagree, so that no model could be exported in this process any more.
     torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = allow_tf32

@@ -22,6 +22,8 @@ from lmopt.types import AnyArray, FloatArray, IntArray, SourceFacts
 _KEEP: Final = "logits_to_keep"
 # Uneven, so that every size class of a matrix product's kernels is met.
 _PIECES: Final = (5, 1, 7, 16, 3, 24, 2)
+# Ways in which the last bits of a source are changed: one alone may end where it began.
+_SOURCES: Final = 4
 
 
 class FullForward:
@@ -109,7 +111,8 @@ class FullForward:
         """Measure what the order of operations alone does to the logits.
 
         The row is read a second time in pieces, by the module's own cache: the same function in
-        exact arithmetic.
+        exact arithmetic. An encoder has no pieces: after a source of real numbers the row is read again with other
+        last bits of the source, which is the least that another order does to them, and the largest difference counts.
 
         Returns:
             `(sequence,)` float32, the largest difference at each position; `None` for a module
@@ -131,7 +134,19 @@ class FullForward:
                 largest.append((logits[0].float() - expected.float()).abs().amax(-1))
                 place += piece.shape[1]
                 turn += 1
-            return _numpy(torch.cat(largest))
+            found = torch.cat(largest)
+            for changed in self._with_other_last_bits(source):
+                logits, _ = self._run(row, None, changed)
+                found = torch.maximum(found, (logits[0].float() - whole[0].float()).abs().amax(-1))
+            return _numpy(found)
+
+    def _with_other_last_bits(self, source: AnyArray | None) -> Iterator[AnyArray]:
+        if source is None or not np.issubdtype(source.dtype, np.floating):
+            return
+        eps = torch.finfo(next(self._module.parameters()).dtype).eps
+        for seed in range(_SOURCES):
+            signs = np.random.default_rng(seed).integers(-1, 2, source.shape)
+            yield (source * (1 + eps * signs)).astype(source.dtype)
 
     def give_back(self) -> int:
         """Give back memory that is not in use until the next call; see `lmopt.backends.torch.pages`."""
