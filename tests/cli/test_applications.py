@@ -152,7 +152,7 @@ def test_pairs_are_judged_before_and_after_compression(tmp_path: Path, call: Any
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "sacrebleu", None)
         done = call(*asked[:2], tmp_path / "unjudged", *asked[3:], "--pairs", pairs)
-        assert done.status == 1
+        assert done.status == 2
         assert "this needs sacrebleu" in done.stderr
         assert not (tmp_path / "unjudged").exists()
         assert "this needs sacrebleu" in call("eval", folder, "--pairs", pairs).stderr
