@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [MODEL] [--device cuda] [--dtype float16] [--rounds 5] [--json FILE]
 
-All four run in this one process, round by round in turn (`lmopt.evaluation.compare_speed`), so that a
+All run in this one process, round by round in turn (`lmopt.evaluation.compare_speed`), so that a
 machine that slows down slows all of them:
 
 - `torch`, `onnxruntime`: lmopt's engines, as `lmopt.Runtime` opens them.
@@ -30,6 +30,8 @@ from lmopt.cli.assets import fetch_smollm2
 from lmopt.evaluation import Figure, compare_speed
 from lmopt.platform import machine
 from lmopt.types import FloatArray, IntArray, ModelFacts
+
+_RATIOS = (("onnxruntime", "torch"), ("torch", "transformers loop"), ("onnxruntime", "onnxruntime loop"))
 
 
 class TransformersLoop:
@@ -159,13 +161,7 @@ def run(
         "threads": {name: one.actual.threads for name, one in reports.items()},
         "speed": {name: one.to_dict() for name, one in speed.items()},
         "decode_ratios": {
-            "onnxruntime / torch": decode["onnxruntime"] / decode["torch"],
-            "torch / transformers loop": decode["torch"] / decode["transformers loop"],
-            **(
-                {"onnxruntime / onnxruntime loop": decode["onnxruntime"] / decode["onnxruntime loop"]}
-                if "onnxruntime loop" in decode
-                else {}
-            ),
+            f"{ours} / {other}": decode[ours] / decode[other] for ours, other in _RATIOS if other in decode
         },
     }
 

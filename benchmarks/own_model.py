@@ -11,15 +11,14 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import lmopt
 from lmopt.platform import machine
 from lmopt.training import TrainingConfig, train
 
 
-def tokenizer_of(text: str, vocab: int, folder: Path) -> Any:
-    """Train byte-level BPE on a text; give it as transformers has it."""
+def write_tokenizer(text: str, vocab: int, folder: Path) -> None:
+    """Train byte-level BPE on a text; write it as transformers does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -31,9 +30,7 @@ def tokenizer_of(text: str, vocab: int, folder: Path) -> Any:
         vocab_size=vocab, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
     )
     bare.train_from_iterator([text], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|end|>")
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|end|>").save_pretrained(folder)
 
 
 def main() -> None:
@@ -68,7 +65,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer_of(text[:cut], asked.vocab, folder / "model")
+        write_tokenizer(text[:cut], asked.vocab, folder / "model")
         module.save_pretrained(folder / "model")
         model = lmopt.Model.from_pretrained(folder / "model", dtype="float32")
         how = TrainingConfig(

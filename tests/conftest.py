@@ -124,6 +124,30 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def assert_greedy() -> Callable[[Any, list[int], list[int]], None]:
+    """Hold tokens after a prompt against one pass of a transformers module: one row, no cache, on the CPU.
+
+    Each must be the likeliest, or as likely as rounding can tell.
+    """
+    import numpy as np
+    import torch
+
+    from lmopt.evaluation import TOLERANCES
+
+    tie = TOLERANCES["float32"].tie
+
+    def check(module: Any, prompt: list[int], tokens: list[int]) -> None:
+        with torch.inference_mode():
+            logits = module(torch.tensor([prompt + tokens])).logits[0].numpy()[len(prompt) - 1 : -1]
+        best = logits.max(-1)
+        gap = best - logits[np.arange(len(tokens)), tokens]
+        greedy = gap <= 2 * (tie + tie * np.abs(best))
+        assert greedy.all(), f"token {int(np.argmin(greedy))} after {prompt[:8]}... is not torch's"
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file (Q4_1)."""
     return _asset("smollm2-135m-instruct-q4_1/SmolLM2-135M-Instruct.Q4_1.gguf")

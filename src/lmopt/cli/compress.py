@@ -10,7 +10,7 @@ import typer
 from lmopt.cli.opening import open_model, open_runtime
 from lmopt.cli.options import OutFolder, Overwrite, Source, Trust, WeightsDtype, assignments, next_step
 from lmopt.cli.output import Output, size
-from lmopt.cli.references import judged
+from lmopt.cli.references import judged, pairs_to_judge
 
 if TYPE_CHECKING:
     from lmopt.compression.calibration import Calibration
@@ -121,16 +121,14 @@ def compress(
         raise typer.BadParameter("give a text or pairs, not both", param_hint="--pairs")
     steps = _steps(recipe, assignments(set_, "--set"))
     compressor = Compressor(steps, tolerance=_limits(tolerance, max_kl, max_perplexity_ratio))
+    given = None if pairs is None else pairs_to_judge(pairs)
     began = time.perf_counter()
     with PeakMemory() as memory:
         model = open_model(out, source, dtype=dtype, trust=trust)
         texts = None if text is None else [_head(model, text, tokens)]
-        sources = judges = None
-        if pairs is not None:
-            from lmopt.interop.references import judging_library
-
-            judges, sources, texts = _read(model, pairs)
-            judging_library(judges)  # what is missing is said before minutes of work
+        sources = None
+        if given is not None:
+            sources, texts = _read(model, given)
         with out.progress() as tell, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", LossWarning)
             small = compressor.compress(
@@ -153,7 +151,7 @@ def compress(
         f"{artifact.path}: {size(sum(one.stat().st_size for one in artifact.path.iterdir()))}; "
         f"{seconds:.0f} s in all, peak memory {size(memory.peak_bytes)}"
     )
-    written = {} if judges is None else _written(out, model, small, judges)
+    written = {} if given is None else _written(out, model, small, given)
     measured = {} if speed is None else _speeds(out, model, small, speed)
     out.note(next_step(folder, model.facts, "onnxruntime"))
     out.result(
@@ -233,7 +231,9 @@ def _calibration(
                 "an encoder-decoder reads all pairs of the file: leave --rows, --row-tokens and --seed out",
                 param_hint="--calibration",
             )
-        _, sources, right = _read(model, path)
+        from lmopt.interop.references import read_pairs
+
+        sources, right = _read(model, read_pairs(path))
         return Calibration(right, sources=sources)
     texts = None if path is None else (path.read_text(encoding="utf-8"),)
     return Calibration(texts, rows=rows, row_tokens=row_tokens, seed=seed)
@@ -267,15 +267,13 @@ def _head(model: "Model", path: Path, tokens: int) -> str:
     )
 
 
-def _read(model: "Model", path: Path) -> "tuple[Pairs, list[Any], list[str]]":
-    """Give pairs, their sources as the model's encoder takes them, and what is right."""
+def _read(model: "Model", pairs: "Pairs") -> tuple[list[Any], list[str]]:
+    """Give sources as the model's encoder takes them, and what is right."""
     from lmopt.errors import UnsupportedError
-    from lmopt.interop.references import read_pairs
 
     if model.facts.source is None:
         raise UnsupportedError(f"{model.source} has no encoder, so there are no pairs for it; give --text")
-    pairs = read_pairs(path)
-    return pairs, list(pairs.read(model.facts.source)), list(pairs.texts)
+    return list(pairs.read(model.facts.source)), list(pairs.texts)
 
 
 def _written(out: Output, model: "Model", small: "Model", pairs: "Pairs") -> dict[str, Any]:

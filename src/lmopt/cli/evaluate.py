@@ -10,7 +10,7 @@ from lmopt.cli.canaries import exposures
 from lmopt.cli.opening import open_runtime
 from lmopt.cli.options import Backend, Device, Dtype, Source, Threads, Trust
 from lmopt.cli.output import Output
-from lmopt.cli.references import judged
+from lmopt.cli.references import judged, pairs_to_judge
 from lmopt.cli.tasks import scores
 
 
@@ -83,10 +83,7 @@ def evaluate(
             exposures(out, runtime, canaries)
         return
     if pairs is not None:
-        from lmopt.interop.references import judging_library, read_pairs
-
-        given = read_pairs(pairs)
-        judging_library(given)
+        given = pairs_to_judge(pairs)
         with open_runtime(out, source, **engine) as runtime:
             judgements = judged(out, {"value": runtime}, given, num_beams=num_beams)
             out.result({"pairs": pairs, **asdict(judgements["value"]), "engine": runtime.report().actual})

@@ -1,6 +1,7 @@
 """`lmopt eval --pairs` and `lmopt compress --pairs`: what encoder-decoders write against what is right."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmopt.cli.output import Output
@@ -10,13 +11,22 @@ if TYPE_CHECKING:
     from lmopt.runtime import Runtime
 
 
+def pairs_to_judge(path: Path) -> "Pairs":
+    """Read pairs, and see to it that they can be judged: before the work, not after it."""
+    from lmopt.interop.references import judging_library, read_pairs
+
+    pairs = read_pairs(path)
+    judging_library(pairs)
+    return pairs
+
+
 def judged(out: Output, runtimes: "Mapping[str, Runtime]", pairs: "Pairs", **options: Any) -> dict[str, Any]:
     """Judge one or several runtimes on the same pairs, and show the figures side by side.
 
     Args:
         out: Takes the table.
         runtimes: By the name of their column.
-        pairs: From `lmopt.interop.references.read_pairs`.
+        pairs: From `pairs_to_judge`.
         **options: As for `lmopt.interop.references.judge`.
 
     Returns:

@@ -1,5 +1,6 @@
 """Run any decoder in eager PyTorch."""
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -380,6 +381,11 @@ def _set_precision(*, allow_tf32: bool) -> None:
     wanted = "tf32" if allow_tf32 else "ieee"
     cudnn: Any = torch.backends.cudnn  # its parts are set at run time, which its types do not know
     parts: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    # Asked before every forward: nothing is written while it holds. The older switches do not answer where they differ.
+    with contextlib.suppress(RuntimeError):
+        older = torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32
+        if older == (allow_tf32, allow_tf32) and all(part.fp32_precision == wanted for part in parts):
+            return
     # The older switches as well, and first: torch's tracer reads them, which is an error where they and the newer ones
     # disagree, so that no model could be exported in this process any more.
     torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = allow_tf32

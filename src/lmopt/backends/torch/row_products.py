@@ -112,9 +112,7 @@ def _rounded(edits: Edits, value: ir.Value, before: ir.Node) -> tuple[ir.Value, 
     def number(one: float, name: str) -> ir.Value:
         return edits.constant(np.array(one, np.float32), name)
 
-    def apply(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        return edits.node(operator, inputs, before, **attributes).outputs[0]
-
+    apply = edits.inserting(before)
     last = edits.constant(np.array([-1], np.int64), "last")
     most = apply("ReduceMax", apply("Abs", value), last, keepdims=1)
     # Of a vector of zeros any scale will do but 0.

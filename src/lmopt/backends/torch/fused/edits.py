@@ -65,6 +65,14 @@ class Edits:
         self.graph.insert_before(before, node)
         return node
 
+    def inserting(self, before: ir.Node) -> Callable[..., ir.Value]:
+        """Give a function that inserts a node of one output there and gives the output."""
+
+        def apply(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+            return self.node(operator, inputs, before, **attributes).outputs[0]
+
+        return apply
+
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let everything that reads or shows `old` read or show `new`."""
         if new.shape is None:

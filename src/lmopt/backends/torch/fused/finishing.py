@@ -1,6 +1,6 @@
 """Turn what is left of the domain `lmopt` into operators, and lay the boundary."""
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -57,10 +57,7 @@ def finish_boundary(edits: Edits) -> None:
     ids, positions, lengths, total, new, *state = graph.inputs
     mask = ir.Value(name=ATTENTION_MASK, type=ir.TensorType(ir.DataType.INT64))
     one = edits.constant(np.array([1]), "one")
-
-    def apply(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        return edits.node(operator, inputs, first, **attributes).outputs[0]
-
+    apply = edits.inserting(first)
     tokens = apply("ReduceSum", mask, one, keepdims=0)
     edits.replace(lengths, apply("Cast", apply("Sub", tokens, one), to=_INT32))
     edits.replace(total, apply("Cast", apply("Gather", apply("Shape", mask), one, axis=0), to=_INT32))

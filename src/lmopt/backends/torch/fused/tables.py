@@ -5,7 +5,7 @@ of its 4-bit file. Runtimes compute what is constant once, when they load a grap
 file would be mapped, so that large tables stay in it.
 """
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -66,11 +66,11 @@ def frequencies_of(cos: FloatArray, sin: FloatArray) -> tuple[FloatArray, float]
     # Rounding of the two entries leaves the estimate a few numbers from the frequency itself.
     tried = (estimate.view(np.int32)[None] + _NEAR[:, None]).view(np.float32)
     positions = np.arange(len(cos), dtype=np.float32)
-    last = slice(max(0, len(cos) - _LAST), None)
+    tables, last = ((np.cos, cos), (np.sin, sin)), slice(-_LAST, None)
     errors = [
         sum(
             np.abs(_table(function, positions[last], one, scale) - table[last]).sum(axis=0)
-            for function, table in ((np.cos, cos), (np.sin, sin))
+            for function, table in tables
         )
         for one in tried
     ]
@@ -78,7 +78,7 @@ def frequencies_of(cos: FloatArray, sin: FloatArray) -> tuple[FloatArray, float]
     rounding = 2 * np.spacing(np.float32(scale))
     exact = all(
         np.abs(_table(function, positions, best, scale) - table).max() <= rounding
-        for function, table in ((np.cos, cos), (np.sin, sin))
+        for function, table in tables
     )
     return (best, scale) if exact else None
 
@@ -98,11 +98,7 @@ def _computed(edits: Edits, cos: ir.Value, sin: ir.Value) -> tuple[ir.Value, ir.
     if (found := frequencies_of(*arrays)) is None:
         return None
     frequencies, scale = found
-    first = next(iter(edits.graph))
-
-    def apply(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        return edits.node(operator, inputs, first, **attributes).outputs[0]
-
+    apply = edits.inserting(next(iter(edits.graph)))
     ends = [
         edits.constant(np.array(value, np.float32), name)
         for value, name in ((0, "start"), (len(arrays[0]), "positions"), (1, "step"))
