@@ -36,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("sweep") and not item.config.getoption("--full-sweep"):
+        pytest.skip("runs with --full-sweep; a normal run has others of its kind")
     if item.get_closest_marker("gpu") and (reason := _gpu_problem()):
         if item.config.getoption("--require-gpu"):
             pytest.fail(f"{reason} (--require-gpu forbids skipping)", pytrace=False)

@@ -173,13 +173,16 @@ def same_tokens_everywhere(model: Model, artifact: Artifact) -> None:
 # Families ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*FAMILIES, *MORE_FAMILIES, "own_lstm", "own_gpt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in IN_A_NORMAL_RUN else pytest.mark.sweep)
+        for name in [*FAMILIES, *MORE_FAMILIES, "own_lstm", "own_gpt"]
+    ],
+)
 def test_a_family_passes_the_gate_and_gives_the_authors_tokens_on_both_engines(
-    export: Callable[[str], tuple[Model, Artifact]], name: str, full_sweep: bool
+    export: Callable[[str], tuple[Model, Artifact]], name: str
 ) -> None:
-    if not full_sweep and name not in IN_A_NORMAL_RUN:
-        pytest.skip("runs with --full-sweep")
     model, artifact = export(name)
     same_tokens_everywhere(model, artifact)
     parity = artifact.manifest["parity"]["onnx"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lmopt import mappings
 from lmopt.mappings import opening, unwritten
 
 SMAPS = """7f00-7f10 rw-p 00000000 fe:00 12   /a/model.onnx.data
@@ -26,6 +27,22 @@ Anonymous:             0 kB
 def test_only_clean_mappings_of_the_file_are_found():
     found = [(one.start, one.end) for one in unwritten(SMAPS) if one.path == "/a/model.onnx.data"]
     assert found == [(0x7F00, 0x7F10), (0xB000, 0xB010)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_too_small(monkeypatch):
+    monkeypatch.setattr(mappings, "_LARGE", 0)
+
+
+def test_little_is_not_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(mappings, "_LARGE", 1000)
+    looked = []
+    monkeypatch.setattr(mappings, "drop_unwritten", looked.append)
+    for size in (999, 1000):
+        path = tmp_path / str(size)
+        path.write_bytes(bytes(size))
+        opening([path])()
+    assert len(looked) == 1
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -45,7 +45,7 @@ def test_the_loss_is_that_of_the_decoder_after_its_sources(step) -> None:
         assert report.bytes < report.float_bytes
 
 
-@pytest.mark.parametrize("build", [tiny_t5, tiny_bart, tiny_whisper])
+@pytest.mark.parametrize("build", [pytest.param(tiny_t5, marks=pytest.mark.sweep), tiny_bart, tiny_whisper])
 def test_a_compressed_one_is_saved_and_exported(build, tmp_path: Path) -> None:
     model = lmopt.Model.from_module(build())
     small = Compressor([Quantize(8, 16)]).compress(model)

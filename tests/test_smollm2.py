@@ -20,7 +20,9 @@ pytestmark = pytest.mark.real_model
 
 # Peak memory of an export with its gate, in sizes of the weights.
 MOST_MEMORY = {"onnxruntime": 2.5, "portable": 3.0}
-RUNTIMES = ("torch", *MOST_MEMORY)
+# Writing a graph of it with its gate takes a minute: a normal run has one of the two dialects.
+TARGETS = ("onnxruntime", pytest.param("portable", marks=pytest.mark.sweep))
+RUNTIMES = ("torch", *TARGETS)
 LIMITS = TOLERANCES["float32"]
 PROMPTS, BATCH = 20, 8
 NEW_TOKENS, NEW_TOKENS_IN_A_NORMAL_RUN = 128, 16
@@ -32,10 +34,12 @@ TOP_LOGITS = [17.371, 14.889, 13.245, 13.010, 12.952]
 
 
 @pytest.fixture(scope="module")
-def exports(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def exports(
+    smollm2: Path, tmp_path_factory: pytest.TempPathFactory, full_sweep: bool
+) -> dict[str, dict[str, Any]]:
     """What `lmopt export` says of each dialect, in a process of its own as for a user."""
     found = {}
-    for target in MOST_MEMORY:
+    for target in MOST_MEMORY if full_sweep else ("onnxruntime",):
         folder = tmp_path_factory.mktemp("exports") / target
         command = ["export", str(smollm2), str(folder), "--target", target, "--dtype", "float32", "--json"]
         said = subprocess.run(
@@ -116,7 +120,9 @@ def test_torch_itself_decodes_the_same_tokens(runtimes: dict[str, Runtime], prom
         name: [one.token_ids for one in runtime.generate(rows, max_new_tokens=24, eos_token_id=None)]
         for name, runtime in runtimes.items()
     }
-    assert found["torch"] == found["onnxruntime"] == found["portable"]
+    for name, said in found.items():
+        assert said == found["torch"], name
+    assert "onnxruntime" in found
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -143,7 +149,7 @@ def test_padding_leaves_no_trace(runtime: Runtime, prompts: list[list[int]], pad
 # Figures ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", MOST_MEMORY)
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_gate_measured_what_is_promised(exports: dict[str, dict[str, Any]], target: str) -> None:
     manifest = Artifact.open(exports[target]["artifact"]).manifest
     assert manifest["formats"]["onnx"]["target"] == target
@@ -156,13 +162,13 @@ def test_the_gate_measured_what_is_promised(exports: dict[str, dict[str, Any]], 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mapped weights are given back on Linux only")
-@pytest.mark.parametrize(("target", "most"), MOST_MEMORY.items())
+@pytest.mark.parametrize("target", TARGETS)
 def test_an_export_with_its_gate_needs_no_more_memory_than_promised(
-    model: Model, exports: dict[str, dict[str, Any]], target: str, most: float
+    model: Model, exports: dict[str, dict[str, Any]], target: str
 ) -> None:
     weights = sum(one.numel() * one.element_size() for one in model.module.parameters())
     assert exports[target]["peak_memory_exact"]
-    assert exports[target]["peak_memory_bytes"] < most * weights
+    assert exports[target]["peak_memory_bytes"] < MOST_MEMORY[target] * weights
 
 
 def test_perplexity_of_real_text(runtime: Runtime, wiki_text: str) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Final
 
 _MAPS: Final = Path("/proc/self/smaps")
+# Looking for the pages of less costs more than they are worth.
+_LARGE: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +84,15 @@ def opening(files: Iterable[Path]) -> Callable[[], None]:
     Returns:
         A function without arguments, to be called while the mappings are in use.
     """
-    names = {str(path.resolve()) for path in files}
+    paths = [path.resolve() for path in files]
+    names = {str(path) for path in paths}
+    large = sum(path.stat().st_size for path in paths if path.is_file()) >= _LARGE
     with _maps_lock:
         _maps.update(names)
 
     def forget() -> None:
         with _maps_lock:
-            alone = {name for name in names if _maps[name] == 1}
+            alone = {name for name in names if large and _maps[name] == 1}
             if alone:
                 drop_unwritten(lambda one: one.path in alone)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lmopt import mappings
+from lmopt.backends.torch import pages
 from lmopt.backends.torch.pages import give_back
 from lmopt.evaluation import resident_memory_bytes
 
@@ -34,6 +35,21 @@ def module(tmp_path: Path) -> Weights:
     path = tmp_path / "weights"
     path.write_bytes(bytes([7]) * SIZE)
     return Weights(path)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_LARGE", 0)
+
+
+@linux
+def test_little_is_not_looked_for(module: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_LARGE", SIZE + 1)
+    monkeypatch.setattr(pages, "drop_unwritten", lambda wanted: pytest.fail("looked at what is mapped"))
+    assert give_back(module) == 0
+    monkeypatch.setattr(pages, "_LARGE", SIZE)
+    with pytest.raises(pytest.fail.Exception, match="looked"):
+        give_back(module)
 
 
 def all_else() -> None:

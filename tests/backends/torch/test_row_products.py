@@ -63,7 +63,7 @@ def test_every_product_and_the_table_are_in_eight_bits(folder: Path) -> None:
 def test_products_of_one_value_share_its_rounding(folder: Path) -> None:
     graph = onnx.load(str(folder / "decoder_model.onnx")).graph
     rounded = [node.input[0] for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
-    assert len(set(rounded)) == sum(node.op_type == "Round" for node in graph.node)
+    assert len(set(rounded)) == sum(node.op_type == "QuantizeLinear" for node in graph.node)
     # Query, key and value of each layer's own attention.
     assert max(rounded.count(one) for one in rounded) == 3
 

@@ -72,7 +72,7 @@ def test_gemma_in_eight_bits_goes_everywhere(tmp_path: Path) -> None:
             np.testing.assert_allclose(runtime.logits(ids)[0], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("make", [tiny_bart, tiny_t5])
+@pytest.mark.parametrize("make", [pytest.param(tiny_bart, marks=pytest.mark.sweep), tiny_t5])
 def test_what_encoder_and_decoder_share_is_quantized_once(make, tmp_path: Path) -> None:
     model = lmopt.Model.from_module(make())
     small = lmopt.Compressor([Quantize(bits=8, group_size=16, embedding=8, head=8)]).compress(model)

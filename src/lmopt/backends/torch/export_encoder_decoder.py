@@ -12,9 +12,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lmopt.backends.torch.encoder_decoder import EncoderDecoder
 from lmopt.backends.torch.export_onnx import refuse_recurrent_halves
+from lmopt.backends.torch.fused.appending import append_inside, mask_inside
 from lmopt.backends.torch.fused.edits import Edits
 from lmopt.backends.torch.fused.layout import drop_idle
 from lmopt.backends.torch.fused.operators import MICROSOFT
+from lmopt.backends.torch.fused.skips import join_skips
 from lmopt.backends.torch.graph import fold, name_boundary, name_encoder, tidy, translate
 from lmopt.backends.torch.half_scales import store_halves
 from lmopt.backends.torch.language_model import dtype_name
@@ -29,6 +31,8 @@ from lmopt.errors import UnsupportedError
 
 ENCODER: Final = "encoder_model.onnx"
 DECODER: Final = "decoder_model.onnx"
+# Tokens of a row, where no number of positions is known, that show a window of attention.
+_LONG: Final = 1 << 14
 
 
 def export_both(
@@ -83,6 +87,10 @@ def export_both(
             RemoveUnusedNodesPass()(model)
             edits = Edits(model, {})
             drop_idle(edits)
+            if file == DECODER:
+                append_inside(edits)
+                mask_inside(edits, decoder.signature, request.facts.context_length or _LONG)
+            join_skips(edits)
             if products == "int8" or (products == "int8-encoder" and file == ENCODER):
                 vocabularies = {decoder.signature.vocab_size, decoder.source.size}
                 rewritten += multiply_in_int8(edits, vocabularies)

@@ -14,7 +14,8 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from lmopt.backends.torch.quieting import quiet
-from lmopt.backends.torch.tracing import plain_reason, uncached
+from lmopt.backends.torch.registering import known_operators
+from lmopt.backends.torch.tracing import plain_reason, unencumbered
 from lmopt.errors import ExportError
 from lmopt.signature import (
     ATTENTION_MASK,
@@ -89,7 +90,7 @@ def translate(
     Raises:
         ExportError: torch knows no translation.
     """
-    with quiet(), uncached():
+    with quiet(), unencumbered(), known_operators():
         try:
             translated = torch.onnx.export(
                 program, arguments, opset_version=opset, optimize=False, verbose=False

@@ -1,8 +1,8 @@
 """Attention of an encoder-decoder as one operator of ONNX Runtime.
 
 `MultiHeadAttention` never writes the scores of a whole source down where no mask is in the way, and takes keys and
-values as caches hold them. It has no cache of its own here: the graph still appends to one, as in the portable
-dialect.
+values as caches hold them. In a trace the graph still appends to the cache, as in the portable dialect; afterwards
+`lmopt.backends.torch.fused.appending` lets the operator do that, and keep to what may be seen.
 """
 
 import contextlib

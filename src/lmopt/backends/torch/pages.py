@@ -8,10 +8,14 @@ the copy that the engine under test makes.
 import ctypes
 import itertools
 import sys
+from typing import Final
 
 from torch import nn
 
 from lmopt.mappings import FileMapping, drop_unwritten
+
+# Reading what is mapped takes a hundredth of a second, and pages that are dropped are mapped again one by one.
+_LARGE: Final = 64 << 20
 
 
 def give_back(module: nn.Module) -> int:
@@ -20,7 +24,7 @@ def give_back(module: nn.Module) -> int:
     That is a module's weights, as far as they are mapped from a file and unchanged, and the code of shared
     libraries. Weights in memory of their own are left alone, and so is whatever another thread may unmap
     meanwhile. All of it can be used again at once; only writing to the weights by another thread during the
-    call is not allowed. Does nothing where the system is not Linux.
+    call is not allowed. Does nothing where the system is not Linux, or the weights are less than 64 MiB.
 
     Args:
         module: Owner of the weights.
@@ -28,7 +32,7 @@ def give_back(module: nn.Module) -> int:
     Returns:
         Bytes of memory that were given back from mapped files.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not _is_large(module):
         return 0
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):  # glibc
@@ -45,3 +49,8 @@ def give_back(module: nn.Module) -> int:
         return one.private and (library or any(one.start <= start < one.end for start in weights))
 
     return drop_unwritten(ours)
+
+
+def _is_large(module: nn.Module) -> bool:
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return sum(one.numel() * one.element_size() for one in tensors) >= _LARGE

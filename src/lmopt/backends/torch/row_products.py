@@ -57,7 +57,7 @@ def multiply_in_int8(edits: Edits, vocabularies: Collection[int]) -> int:
                 rounded,
                 _stored(edits, f"{weight.name}.int8", codes),
                 edits.constant(np.array(1, np.float32), "one"),
-                _stored(edits, f"{weight.name}.scale", scales),
+                _stored(edits, f"{weight.name}.scale", scales / np.float32(_MOST)),
                 edits.constant(np.array(_MIDDLE, np.uint8), "middle"),
             ],
             node,
@@ -107,18 +107,18 @@ def _is_large(tensor: Any) -> bool:
 
 
 def _rounded(edits: Edits, value: ir.Value, before: ir.Node) -> tuple[ir.Value, ir.Value]:
-    """Round each token's vector; give `uint8` codes and the factors `(..., 1)`."""
-
-    def number(one: float, name: str) -> ir.Value:
-        return edits.constant(np.array(one, np.float32), name)
-
+    """Round each token's vector; give `uint8` codes and its largest magnitude `(..., 1)`."""
     apply = edits.inserting(before)
     last = edits.constant(np.array([-1], np.int64), "last")
-    most = apply("ReduceMax", apply("Abs", value), last, keepdims=1)
     # Of a vector of zeros any scale will do but 0.
-    factor = apply("Max", apply("Mul", most, number(1 / _MOST, "step")), number(_TINY, "tiny"))
-    whole = apply("Add", apply("Round", apply("Div", value, factor)), number(_MIDDLE, "shift"))
-    return apply("Cast", whole, to=int(ir.DataType.UINT8)), factor
+    most = apply(
+        "Max",
+        apply("ReduceMax", apply("Abs", value), last, keepdims=1),
+        edits.constant(np.array(_TINY, np.float32), "tiny"),
+    )
+    step = edits.constant(np.array(1 / _MOST, np.float32), "step")
+    middle = edits.constant(np.array(_MIDDLE, np.uint8), "middle")
+    return apply("QuantizeLinear", apply("Div", value, most), step, middle), most
 
 
 def _look_up(edits: Edits, table: ir.Value) -> None:

@@ -149,7 +149,7 @@ def _hinted(free: Any) -> Any:
 def traceable(module: nn.Module) -> Iterator[None]:
     """Make a transformers model traceable for the time of one export, by transformers' own means."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(uncached())
+        stack.enter_context(unencumbered())
         # Any: nn.Module's attributes are tensors or modules to a type checker.
         model: Any = module
         if getattr(model, "_can_set_experts_implementation", lambda: False)():
@@ -167,16 +167,19 @@ def traceable(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def uncached() -> Iterator[None]:
-    """Let torch work out the shapes of every call anew while it traces or translates.
+def unencumbered() -> Iterator[None]:
+    """Let torch do without what takes longer than it saves while it traces or translates: half of an export's time.
 
-    It keeps results by the shapes of arguments, and with free sizes keeping and finding them takes longer than
-    working them out: a third of the time of an export.
+    It keeps shapes of results by the shapes of arguments, and with free sizes keeping and finding them takes longer
+    than working them out. It notes for each operator which lines of code led to it, which nobody is going to read.
     """
-    from torch._dynamo import config
+    from torch._dynamo import config as dynamo
+    from torch.fx import config as fx
 
-    if not hasattr(config, "fake_tensor_cache_enabled"):
-        yield
-        return
-    with config.patch(fake_tensor_cache_enabled=False):
+    switches = ((dynamo, "fake_tensor_cache_enabled", False), (fx, "do_not_emit_stack_traces", True))
+    with contextlib.ExitStack() as stack:
+        for config, name, value in switches:
+            if hasattr(config, name):
+                stack.callback(setattr, config, name, getattr(config, name))
+                setattr(config, name, value)
         yield

@@ -1,4 +1,4 @@
-"""Drop reshapes, transposes and slices that change nothing, and make the shapes of others constant."""
+"""Drop what changes nothing (reshapes, transposes, slices, sums with zeros), and make other shapes constant."""
 
 from typing import Final
 
@@ -56,12 +56,28 @@ def _origin(node: ir.Node) -> ir.Value | None:
             if before is None or before.op_type != "Reshape":
                 return None
             value = before.inputs[0]
+    if node.op_type == "Add":
+        return _other_than_zeros(node)
     if node.op_type == "Transpose":
         before = value.producer() if value is not None else None
         if before is not None and before.op_type == "Transpose":
             first, second = (one.attributes["perm"].as_ints() for one in (before, node))
             if [first[axis] for axis in second] == list(range(len(first))):
                 return before.inputs[0]
+    return None
+
+
+def _other_than_zeros(add: ir.Node) -> ir.Value | None:
+    """Give what a constant of zeros is added to, as is an unused bias of logits, if it has the sum's shape."""
+    for value, other in (add.inputs, reversed(add.inputs)):
+        tensor = None if other is None else other.const_value
+        if (
+            tensor is not None
+            and value is not None
+            and _same_shape(value, add.outputs[0])
+            and not tensor.numpy().any()
+        ):
+            return value
     return None
 
 

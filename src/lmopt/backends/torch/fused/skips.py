@@ -63,16 +63,29 @@ def _take_bias(
     """Take the bias off one linear that nothing else reads: the norm adds it as well."""
     for value, other in ((right, left), (left, right)):
         linear = value.producer() if value is not None else None
-        if (
-            linear is not None
-            and is_linear(linear)
-            and len(linear.inputs) == 3
-            and len(list(linear.outputs[0].uses())) == 1
-        ):
+        if linear is None or len(list(linear.outputs[0].uses())) != 1:
+            continue
+        if is_linear(linear) and len(linear.inputs) == 3:
             bare = edits.node("Linear", linear.inputs[:2], linear, domain="lmopt", like=linear)
             bare.outputs[0].shape, bare.outputs[0].type = linear.outputs[0].shape, linear.outputs[0].type
-            for path in [path for path, shown in edits.taps.items() if shown is linear.outputs[0]]:
-                # What the module returned, bias and all, is no value of the graph any more.
-                del edits.taps[path]
-            return other, bare.outputs[0], linear.inputs[2]
+            product, bias = bare.outputs[0], linear.inputs[2]
+        else:
+            product, bias = _sum_with_vector(linear)
+        if product is None:
+            continue
+        for path in [path for path, shown in edits.taps.items() if shown is linear.outputs[0]]:
+            # What the module returned, bias and all, is no value of the graph any more.
+            del edits.taps[path]
+        return other, product, bias
     return left, right, None
+
+
+def _sum_with_vector(add: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """Take a value and a constant vector apart that a node adds, which is how a linear's bias may leave a trace."""
+    if add.op_type == "Add" and not add.outputs[0].is_graph_output():
+        for value, vector in (add.inputs, reversed(add.inputs)):
+            tensor = None if vector is None else vector.const_value
+            whole = value is not None and value.shape is not None and value.shape == add.outputs[0].shape
+            if whole and tensor is not None and len(tensor.shape) == 1:
+                return value, vector
+    return None, None

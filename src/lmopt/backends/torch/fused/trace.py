@@ -13,6 +13,7 @@ from lmopt.backends.torch.fused.reason import InexpressibleError
 from lmopt.backends.torch.lowering import tracing_for
 from lmopt.backends.torch.quantized_lowering import lowered
 from lmopt.backends.torch.quieting import quiet
+from lmopt.backends.torch.registering import known_operators
 from lmopt.backends.torch.tracing import plain_reason, traceable
 from lmopt.signature import Signature
 
@@ -69,6 +70,7 @@ def trace(
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(traceable(decoder.module))
+        stack.enter_context(known_operators())
         stack.enter_context(tracing_for("onnxruntime"))
         stack.enter_context(lowered(decoder.module, accuracy_level))
         try:

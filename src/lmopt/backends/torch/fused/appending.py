@@ -1,0 +1,198 @@
+"""Let attention append to its cache, and keep to what it may see, by itself.
+
+A traced decoder appends keys and values to a cache by operators of its own and writes down what each query may see.
+`MultiHeadAttention` does both: some forty small operators less in each step of a small decoder.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from lmopt.backends.torch.fused.edits import Edits
+from lmopt.backends.torch.fused.operators import MICROSOFT
+from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, SOURCE_MASK, Signature
+from lmopt.types import AnyArray, FloatArray
+
+_OPERATOR: Final = "MultiHeadAttention"
+_KEY, _VALUE, _PADDING, _BIAS, _PAST = 1, 2, 4, 5, 6
+_HEADS_FIRST: Final = [0, 2, 1, 3]
+_SLOTS: Final = (2, -2)
+_SOME: Final = 7
+# What a mask adds where nothing is to be seen is below this.
+_HIDDEN: Final = -1e30
+_LOWEST: Final = float(np.finfo(np.float32).min)
+
+
+def append_inside(edits: Edits) -> None:
+    """Hand attention the past and the new keys and values apart, where the graph appends one to the other."""
+    for node in [one for one in edits.graph if one.op_type == _OPERATOR]:
+        found = [_appended(node.inputs[place]) for place in (_KEY, _VALUE)]
+        if None in found:
+            continue
+        (past_key, key), (past_value, value) = [one for one in found if one is not None]
+        inputs = [*node.inputs, *[None] * (_BIAS + 1 - len(node.inputs))]
+        whole = inputs[_KEY], inputs[_VALUE]
+        inputs[_KEY], inputs[_VALUE] = key, value
+        joined = edits.node(
+            _OPERATOR, [*inputs, past_key, past_value], node, domain=MICROSOFT, outputs=3, like=node
+        )
+        for old, new in zip((node.outputs[0], *whole), joined.outputs, strict=True):
+            assert old is not None
+            edits.replace(old, new)
+        edits.graph.remove(node, safe=True)
+
+
+def mask_inside(edits: Edits, signature: Signature, longest: int) -> None:
+    """Let attention know by an attribute that it looks back only, and by `encoder_attention_mask` what is padding.
+
+    What a mask says is found by computing it alone, for several sizes, and once for the longest row, where a window
+    would show.
+
+    Args:
+        edits: The graph of a decoder, its inputs those of the signature, in that order.
+        signature: Names and axes.
+        longest: Tokens that a row may come to.
+    """
+    trial = _Trial(edits, signature, longest)
+    known: dict[int, str] = {}
+    padding: ir.Value | None = None
+    for node in [one for one in edits.graph if one.op_type == _OPERATOR]:
+        mask = node.inputs[_BIAS] if len(node.inputs) > _BIAS else None
+        if mask is None:
+            continue
+        if id(mask) not in known:
+            known[id(mask)] = trial.meaning(mask)
+        # Only of keys that it has appended itself does the operator know which came before the queries.
+        appends = len(node.inputs) > _PAST and node.inputs[_PAST] is not None
+        if known[id(mask)] == "causal" and appends:
+            node.attributes["unidirectional"] = ir.AttrInt64("unidirectional", 1)
+        elif known[id(mask)] == "padding" and not appends:
+            if padding is None:
+                source = trial.inputs[SOURCE_MASK]
+                padding = edits.node("Cast", [source], edits.graph[0], to=int(ir.DataType.INT32)).outputs[0]
+            node.replace_input_with(_PADDING, padding)
+            node.attributes["mask_filter_value"] = ir.AttrFloat32("mask_filter_value", _LOWEST)
+        else:
+            continue
+        node.replace_input_with(_BIAS, None)
+
+
+class _Trial:
+    """Computes masks apart from the graph that they stand in.
+
+    Args:
+        edits: The graph.
+        signature: Names and axes of its inputs.
+        longest: Tokens that a row may come to.
+
+    Attributes:
+        inputs: The graph's inputs by the names that they will have.
+    """
+
+    def __init__(self, edits: Edits, signature: Signature, longest: int) -> None:
+        self._graph = edits.graph
+        self._model = edits.model
+        self._state = {one.past.name: one for one in signature.state}
+        names = [INPUT_IDS]
+        names += [ATTENTION_MASK] if signature.has_mask else []
+        names += [POSITION_IDS] if signature.has_positions else []
+        names += self._state
+        self.inputs = dict(zip(names, edits.graph.inputs, strict=True))
+        self._longest = longest
+
+    def meaning(self, mask: ir.Value) -> str:
+        """Say what a mask lets be seen: `"causal"`, `"padding"`, or `""` where it is something else.
+
+        Args:
+            mask: What is added to the scores, `(batch or 1, 1, new, slots)`.
+        """
+        behind = _behind(mask)
+        leaves = {
+            name: [use for use in value.uses() if id(use.node) in behind]
+            for name, value in self.inputs.items()
+        }
+        leaves = {name: uses for name, uses in leaves.items() if uses}
+        by_value = [name for name, uses in leaves.items() if any(use.node.op_type != "Shape" for use in uses)]
+        if by_value not in ([], [SOURCE_MASK]):
+            return ""
+        part = ir.convenience.extract(self._graph, [self.inputs[name] for name in leaves], [mask])
+        for given, name in zip(part.inputs, leaves, strict=True):
+            given.name = name
+        alone = ir.Model(part, ir_version=self._model.ir_version)
+        try:
+            evaluator = ReferenceEvaluator(ir.to_proto(alone))
+        except (NotImplementedError, RuntimeError):  # an operator that only an engine has: no plain mask
+            return ""
+
+        def added(batch: int, past: int, new: int, seen: AnyArray) -> FloatArray:
+            feeds = {name: self._zeros(name, batch, past, new, seen.shape[1]) for name in leaves}
+            feeds |= {SOURCE_MASK: seen} if SOURCE_MASK in leaves else {}
+            (found,) = evaluator.run(None, feeds)
+            return np.asarray(found, np.float32)
+
+        if by_value:
+            return "padding" if all(_is_padding(added, *size) for size in ((2, 0, 1), (3, 2, 3))) else ""
+        sizes = ((1, 0, 1), (2, 0, 5), (2, 3, 1), (2, 3, 4), (1, self._longest - 1, 1))
+        return "causal" if all(_is_causal(added, *size) for size in sizes) else ""
+
+    def _zeros(self, name: str, batch: int, past: int, new: int, source: int) -> AnyArray:
+        if name in self._state:
+            one = self._state[name]
+            return np.zeros(one.sizes(batch, past, source), one.past.dtype)
+        return np.zeros((batch, past + new if name == ATTENTION_MASK else new), np.int64)
+
+
+def _is_causal(added: Callable[..., FloatArray], batch: int, past: int, new: int) -> bool:
+    seen = np.arange(past + new)[None] <= past + np.arange(new)[:, None]
+    return _hides(added(batch, past, new, np.ones((batch, _SOME), np.int64)), seen[None, None])
+
+
+def _is_padding(added: Callable[..., FloatArray], batch: int, past: int, new: int) -> bool:
+    seen = np.random.default_rng(0).integers(0, 2, (batch, _SOME))
+    return _hides(added(batch, past, new, seen), seen[:, None, None])
+
+
+def _hides(added: FloatArray, seen: AnyArray) -> bool:
+    """Say whether a mask adds nothing to what is seen, and hides the rest, for all heads alike."""
+    if added.ndim != seen.ndim or added.shape[1] != 1 or added.shape[3] != seen.shape[3]:
+        return False
+    added, seen = np.broadcast_arrays(added, seen)
+    return bool((added[seen != 0] == 0).all() and (added[seen == 0] < _HIDDEN).all())
+
+
+def _behind(value: ir.Value) -> set[int]:
+    """Give the ids of all nodes that a value comes from."""
+    found: set[int] = set()
+    waiting = [value]
+    while waiting:
+        node = waiting.pop().producer()
+        if node is not None and id(node) not in found:
+            found.add(id(node))
+            waiting += [one for one in node.inputs if one is not None]
+    return found
+
+
+def _appended(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """Find the past, an input of the graph, and what is appended to it, `(batch, new, heads * size)`."""
+    append = None if value is None else value.producer()
+    if append is None or append.op_type != "Concat" or append.attributes["axis"].as_int() not in _SLOTS:
+        return None
+    past, *more = append.inputs
+    turn = more[0].producer() if len(more) == 1 and more[0] is not None else None
+    if past is None or not past.is_graph_input() or turn is None or turn.op_type != "Transpose":
+        return None
+    split = turn.inputs[0].producer() if turn.inputs[0] is not None else None
+    if split is None or split.op_type != "Reshape" or list(turn.attributes["perm"].as_ints()) != _HEADS_FIRST:
+        return None
+    new, apart = split.inputs[0], split.outputs[0]
+    if new is None or new.shape is None or apart.shape is None:
+        return None
+    flat, heads = list(new.shape), list(apart.shape)
+    # The reshape only takes heads apart.
+    if flat[:2] != heads[:2] or not all(isinstance(size, int) for size in heads[2:]):
+        return None
+    return (past, new) if flat[2:] == [math.prod(heads[2:])] else None
