@@ -11,6 +11,11 @@ from lmopt.testing.workshop import kept
 ASSETS = Path(os.environ.get("LMOPT_TEST_ASSETS") or Path.home() / ".cache" / "lmopt-test-assets")
 
 
+def pytest_configure():
+    # Read when torch is first imported: its threads must not spin while they wait for cores that other workers use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
