@@ -33,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "network: may open connections beyond this machine")
     # Read by OpenMP when torch or numpy is first imported: never more threads than this process may use.
     os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
+    # Threads that spin while they wait take the cores from the other workers, whose work they wait for: a tiny LSTM
+    # then takes a hundred times its time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

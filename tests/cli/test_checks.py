@@ -182,6 +182,26 @@ def test_demo_leaves_slow_engines_untimed(call, tiny, tmp_path: Path, quick_demo
     assert "they would take about" in engines["onnxruntime"]["notes"][0]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "calls", "measure"),
+    [
+        ([70.0, 50.0], 2, 50.0),  # its kernels were made in the first call
+        ([50.0], 1, 50.0),
+        ([70.0, 90.0], 2, 70.0),
+    ],
+)
+def test_demo_does_not_take_a_first_call_for_an_engines_speed(monkeypatch, seconds, calls, measure) -> None:
+    asked = []
+
+    def probe(runtime, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+        asked.append((runtime, prompt_tokens, new_tokens))
+        return {"token": 0.1, "measure": seconds[len(asked) - 1]}
+
+    monkeypatch.setattr(trial, "_probe", probe)
+    assert trial._estimate("runtime", 128, 32)["measure"] == measure
+    assert asked == [("runtime", 128, 32)] * calls
+
+
 def test_demo_replaces_its_own_artefact_only(call, tiny, tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "thesis.tex").write_text("years of work")

@@ -7,13 +7,18 @@ import unittest
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from lmopt.errors import ConformanceError, UnknownPluginError, UnsupportedOptionError
+from lmopt.registry import backends
+from lmopt.spec import BackendSpec
 from lmopt.testing import ENGINE_CHECKS, SPEC_CHECKS, check_backend, parametrize_backend_checks
+from lmopt.testing import workshop as workshop_module
 from lmopt.testing.__main__ import main
 from lmopt.testing.plan import PlannedCheck, plan
 from lmopt.testing.run import ConformanceReport, run_check
+from lmopt.testing.workshop import Workshop, kept, reference_of
 
 
 def failing() -> None:
@@ -74,6 +79,82 @@ def test_a_declared_format_gives_one_case_a_model_dialect_and_type(fake: ModuleT
     assert len({check.id for check in planned}) == len(planned)
 
 
+@pytest.mark.parametrize(
+    ("dialects", "cases"),
+    [
+        (("portable",), {"llama-onnx-cpu-float32"}),
+        (("onnxruntime",), {"llama-onnx-onnxruntime-cpu-float32"}),
+        (None, {"llama-onnx-cpu-float32", "llama-onnx-onnxruntime-cpu-float32"}),
+    ],
+)
+def test_dialects_that_are_named_are_the_only_ones(dialects: tuple[str, ...] | None, cases: set[str]) -> None:
+    planned = plan("onnxruntime", models=("llama",), devices=("cpu",), dialects=dialects)
+    assert {check.case for check in planned if check.case.endswith("float32")} == cases
+
+
+def test_tests_of_one_process_share_what_is_exported() -> None:
+    assert kept() is kept()
+    first, second = (kept().subject("lstm", "module", "float32") for _ in range(2))
+    assert first is second
+
+
+def test_processes_of_one_session_share_what_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = ("lstm", "safetensors", "float32")
+    with Workshop() as first, Workshop() as second:
+        first.share(tmp_path / "kit")
+        one = first.subject(*key)
+        monkeypatch.setattr(
+            workshop_module, "export", None
+        )  # what another process has written is not written again
+        second.share(tmp_path / "kit")
+        other = second.subject(*key)
+        assert one.artifact is not None
+        assert other.artifact is not None
+        assert one.artifact.path == other.artifact.path == tmp_path / "kit" / "lstm-safetensors-float32"
+        ids = np.array([1, 2, 3])
+        np.testing.assert_array_equal(one.reference(ids), other.reference(ids))
+    assert (tmp_path / "kit").is_dir()
+
+
+def test_a_backend_is_looked_up_once_a_case(fake: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up = []
+    spec = backends.spec
+
+    def count(name: str) -> BackendSpec:
+        looked_up.append(name)
+        return spec(name)
+
+    monkeypatch.setattr(backends, "spec", count)
+    with Workshop() as workshop:
+        make = workshop.case("torch", "lstm", "module", "cpu", "float32")
+        make().open().close()
+        assert looked_up
+        looked_up.clear()
+        make().open().close()
+    assert not looked_up
+
+
+def test_the_reference_leaves_torchs_threads_alone() -> None:
+    import torch
+
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor]:
+            seen.append(torch.get_num_threads())
+            return (ids[..., None].float(),)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        reference_of(Watched())(np.array([1, 2]))
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_format_that_nobody_writes_is_listed_and_not_run(fake: ModuleType) -> None:
     (listed,) = (check for check in plan("fake") if check.name == "format")
     outcome = run_check(listed)
@@ -117,6 +198,8 @@ def test_an_expected_failure_that_fits_no_check_is_refused(fake: ModuleType) -> 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UnsupportedOptionError, match="mamba"):
         plan("torch", models=("mamba",))
+    with pytest.raises(UnsupportedOptionError, match=r"'portabel'; there are \['onnxruntime', 'portable'\]"):
+        plan("onnxruntime", dialects=("portabel",))
     with pytest.raises(UnknownPluginError, match="Did you mean 'torch'"):
         plan("toorch")
 

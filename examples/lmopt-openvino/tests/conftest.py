@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from lmopt.testing.workshop import Workshop
+from lmopt.testing.workshop import kept
 
 ASSETS = Path(os.environ.get("LMOPT_TEST_ASSETS") or Path.home() / ".cache" / "lmopt-test-assets")
+
+
+def pytest_configure():
+    # Read when torch is first imported: its threads must not spin while they wait for cores that other workers use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,11 +32,14 @@ def _no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-@pytest.fixture(scope="session")
-def workshop():
-    """The kit's tiny models, each exported once."""
-    with Workshop() as made:
-        yield made
+@pytest.fixture(scope="session", autouse=True)
+def workshop(tmp_path_factory):
+    """The kit's tiny models, which the contract is proved on, too: each exported once for all workers of a session."""
+    folder = tmp_path_factory.getbasetemp()
+    # Workers of pytest-xdist have folders of their own, side by side.
+    made = kept()
+    made.share((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "kit")
+    return made
 
 
 def asset(name):

@@ -3,6 +3,6 @@
 from lmopt.testing import parametrize_backend_checks
 
 
-@parametrize_backend_checks("openvino")
+@parametrize_backend_checks("openvino", dialects=("portable",))
 def test_contract(check):
     check()

@@ -28,6 +28,11 @@ def llama(workshop):
     return workshop.subject("llama", "onnx", "float32")
 
 
+@pytest.fixture(scope="module")
+def halved(workshop):
+    return workshop.subject("llama", "onnx", "bfloat16")
+
+
 @pytest.mark.parametrize(
     ("model", "engine", "operator"),
     [
@@ -96,9 +101,8 @@ def test_float32_is_float32(llama):
     assert str(compiled.get_property("KV_CACHE_PRECISION")) == "<Type: 'float32'>"
 
 
-def test_bfloat16_weights_are_not_taken_for_float32(workshop):
+def test_bfloat16_weights_are_not_taken_for_float32(halved):
     """There the hint says float32 and the layers say bfloat16."""
-    halved = workshop.subject("llama", "onnx", "bfloat16")
     with pytest.raises(UnsupportedPrecisionError, match="asked for float32"):
         open_engine(halved, dtype="float32")
 
@@ -136,6 +140,14 @@ def test_no_thread_is_refused(llama):
 def test_other_devices_are_refused(llama, device):
     with pytest.raises(UnsupportedError, match=device):
         open_engine(llama, device=device)
+
+
+def test_another_dialect_is_refused_with_the_way_out(workshop):
+    """What ONNX Runtime's own dialect holds, OpenVINO cannot read; the kit runs on the portable one only."""
+    fused = workshop.subject("llama", "onnx", "float32", "onnxruntime")
+    assert fused.artifact.manifest["formats"]["onnx"]["target"] == "onnxruntime"
+    with pytest.raises(UnsupportedError, match=r"'onnxruntime'. Export .*target='portable'"):
+        open_engine(fused)
 
 
 def test_a_model_that_was_not_exported_is_refused_with_the_way_out(llama):

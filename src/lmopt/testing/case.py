@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmopt.contracts import ArtifactView, Engine, EngineRequest
+from lmopt.contracts import ArtifactView, Engine, EngineFactory, EngineRequest
 from lmopt.registry import backends
 from lmopt.spec import BackendSpec
 from lmopt.testing.sourced import SourcedEngine
@@ -54,6 +54,8 @@ class Case:
         dtype: Declared compute type.
         options: Options that every engine of the case is opened with.
         shared: The engine that checks share, if one is open.
+        known: What has been looked up of the backend; to find a plug-in, the metadata of every installed
+            distribution are read.
     """
 
     backend: str
@@ -62,11 +64,23 @@ class Case:
     dtype: str = "float32"
     options: Mapping[str, Any] = field(default_factory=dict)
     shared: list[Engine] = field(default_factory=list, repr=False, compare=False)
+    known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def spec(self) -> BackendSpec:
         """Spec of the backend."""
-        return backends.spec(self.backend)
+        if "spec" not in self.known:
+            self.known["spec"] = backends.spec(self.backend)
+        spec: BackendSpec = self.known["spec"]
+        return spec
+
+    @property
+    def factory(self) -> EngineFactory:
+        """What opens engines of the backend."""
+        if "factory" not in self.known:
+            self.known["factory"] = backends.load(self.backend)
+        factory: EngineFactory = self.known["factory"]
+        return factory
 
     def open(
         self,
@@ -98,7 +112,7 @@ class Case:
             threads=threads,
             options=options,
         )
-        engine: Engine = backends.load(self.backend)(request)
+        engine = self.factory(request)
         if subject.facts.source is not None:
             return SourcedEngine(engine, draw_source(subject.facts, SOURCE_LENGTH, seed=SOURCE_SEED))
         return engine

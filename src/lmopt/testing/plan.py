@@ -47,6 +47,7 @@ def plan(
     *,
     models: Sequence[str] = (*MODELS, *ENCODER_MODELS),
     devices: Sequence[str] | None = None,
+    dialects: Sequence[str] | None = None,
     expected_failures: Mapping[str, str] | None = None,
     workshop: Workshop | None = None,
 ) -> list[PlannedCheck]:
@@ -57,12 +58,14 @@ def plan(
         models: Tiny models to run, of `lmopt.testing.models` and `lmopt.testing.seq2seq`; the latter only where the
             backend declares the feature `"encoder"`, and in float32.
         devices: Devices to run on; those declared by the spec where `None`.
+        dialects: Dialects to run, of the exporters' targets; all where `None`. To write a model takes longer than all
+            its checks, so a backend that reads one dialect only had better say which.
         expected_failures: Check to reason. A key is a check's name (all its cases), an id
             `name[case]`, or a pattern for ids with `*`.
         workshop: Where models are built; its own where `None`.
 
     Raises:
-        UnsupportedOptionError: A model is unknown, or a key of `expected_failures` fits no check.
+        UnsupportedOptionError: A model or a dialect is unknown, or a key of `expected_failures` fits no check.
         PluginError: The backend's spec cannot be loaded.
     """
     unknown = set(models) - {*MODELS, *ENCODER_MODELS}
@@ -70,6 +73,8 @@ def plan(
         known = [*MODELS, *ENCODER_MODELS]
         raise UnsupportedOptionError(f"no tiny model is named {sorted(unknown)}; there are {known}")
     can = backends.spec(backend).can
+    if dialects is not None:
+        _check_dialects(dialects, can.formats)
     workshop = workshop or Workshop()
     planned = [_of_spec(backend, check) for check in SPEC_CHECKS]
     usable = []
@@ -84,7 +89,7 @@ def plan(
             planned.append(PlannedCheck("format", model_format, reason, _skip(reason)))
             continue
         for model, target, device, dtype in itertools.product(
-            models, _dialects(model_format), usable, can.dtypes
+            models, _dialects(model_format, dialects), usable, can.dtypes
         ):
             encodes = model in ENCODER_MODELS
             # Their graphs are as many again, and their dialects and types no others than those of the rest.
@@ -97,9 +102,23 @@ def plan(
     return _mark(planned, expected_failures or {})
 
 
-def _dialects(model_format: str) -> tuple[str, ...]:
-    """Name the dialects of a format; the default one is empty."""
-    return ("",) if model_format == LIVE else ("", *exporters.spec(exporter_for(model_format)).targets[1:])
+def _dialects(model_format: str, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Name the dialects of a format that are to be run; the default one is empty."""
+    if model_format == LIVE:
+        return ("",)
+    first, *others = exporters.spec(exporter_for(model_format)).targets
+    written = {"": first, **{one: one for one in others}}
+    return tuple(key for key, name in written.items() if wanted is None or name in wanted)
+
+
+def _check_dialects(wanted: Sequence[str], formats: Iterable[str]) -> None:
+    """Refuse dialects that no exporter of the formats writes: their checks would be missed by nobody."""
+    names = [exporter_for(one) for one in formats if one != LIVE]
+    known = {target for name in names if name for target in exporters.spec(name).targets}
+    if unknown := set(wanted) - known:
+        raise UnsupportedOptionError(
+            f"no exporter writes the dialect {min(unknown)!r}; there are {sorted(known)}"
+        )
 
 
 def _of_spec(backend: str, check: Callable[[str], None]) -> PlannedCheck:

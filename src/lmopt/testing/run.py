@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lmopt.errors import ConformanceError
 from lmopt.testing.plan import PlannedCheck, plan
-from lmopt.testing.workshop import MODELS, Workshop
+from lmopt.testing.workshop import MODELS, Workshop, kept
 
 Verdict = Literal["passed", "failed", "not run", "failed as expected", "passed unexpectedly"]
 
@@ -78,6 +78,7 @@ def check_backend(
     *,
     models: Sequence[str] = tuple(MODELS),
     devices: Sequence[str] | None = None,
+    dialects: Sequence[str] | None = None,
     expected_failures: Mapping[str, str] | None = None,
 ) -> ConformanceReport:
     """Run every check that a backend's capabilities call for; needs torch and onnx, not pytest.
@@ -86,6 +87,7 @@ def check_backend(
         backend: Name of the backend.
         models: Tiny models to run, of `lmopt.testing.models`.
         devices: Devices to run on; those declared by the spec where `None`.
+        dialects: Dialects to run, of the exporters' targets; all where `None`.
         expected_failures: Check to reason; see `lmopt.testing.plan.plan`. An expected failure that
             passes is a failure.
 
@@ -98,7 +100,12 @@ def check_backend(
     """
     with Workshop() as workshop:
         planned = plan(
-            backend, models=models, devices=devices, expected_failures=expected_failures, workshop=workshop
+            backend,
+            models=models,
+            devices=devices,
+            dialects=dialects,
+            expected_failures=expected_failures,
+            workshop=workshop,
         )
         report = ConformanceReport(backend, tuple(run_check(check) for check in planned))
     if not report.ok:
@@ -125,14 +132,18 @@ def parametrize_backend_checks(
     *,
     models: Sequence[str] = tuple(MODELS),
     devices: Sequence[str] | None = None,
+    dialects: Sequence[str] | None = None,
     expected_failures: Mapping[str, str] | None = None,
 ) -> Callable[[Any], Any]:
     """Turn a test function of one argument `check` into one test a check and case, for pytest.
+
+    The models are those of `lmopt.testing.workshop.kept`, each written once a process.
 
     Args:
         backend: Name of the backend.
         models: As in `check_backend`.
         devices: As in `check_backend`.
+        dialects: As in `check_backend`.
         expected_failures: As in `check_backend`; such tests are strict `xfail`s.
 
     Returns:
@@ -147,7 +158,14 @@ def parametrize_backend_checks(
     """
     import pytest
 
-    planned = plan(backend, models=models, devices=devices, expected_failures=expected_failures)
+    planned = plan(
+        backend,
+        models=models,
+        devices=devices,
+        dialects=dialects,
+        expected_failures=expected_failures,
+        workshop=kept(),
+    )
     parameters = []
     for check in planned:
         reason = check.expected_failure

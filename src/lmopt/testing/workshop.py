@@ -1,21 +1,23 @@
 """Build the kit's tiny models in every format that a backend reads, each once, in a temporary folder."""
 
+import contextlib
 import functools
 import json
 import tempfile
 import threading
 import unittest
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
+from filelock import FileLock
 
 from lmopt.accelerators import cuda
-from lmopt.artifact import Artifact, publish
+from lmopt.artifact import Artifact, is_artifact, publish
 from lmopt.contracts import Engine, ExportRequest
 from lmopt.errors import PluginError, UnsupportedError, UnsupportedPrecisionError
 from lmopt.registry import exporters
@@ -92,6 +94,7 @@ class Workshop:
     def __init__(self) -> None:
         # The finaliser of a TemporaryDirectory also removes it when the process ends.
         self._folder = tempfile.TemporaryDirectory(prefix="lmopt-testing-")
+        self._place = Path(self._folder.name)
         self._built: dict[tuple[str, str, str, str], Subject] = {}
         self._failed: dict[tuple[str, str, str, str], str] = {}
         self._engines: list[list[Engine]] = []
@@ -113,6 +116,16 @@ class Workshop:
         """Remove everything that was built."""
         self._built.clear()
         self._closing()
+
+    def share(self, folder: Path) -> None:
+        """Write models from now on where workshops of other processes find them, and take what is there.
+
+        Args:
+            folder: Folder of the processes of one test session, which must run the same code; it is made where it is
+                missing, and not removed.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._place = folder
 
     def case(
         self, backend: str, model: str, model_format: str, device: str, dtype: str, target: str = ""
@@ -136,13 +149,14 @@ class Workshop:
             return ""
 
         shared: list[Engine] = []
+        known: dict[str, Any] = {}
         self._engines.append(shared)
 
         def make() -> Case:
             subject = self.subject(model, model_format, dtype, target)
             if (target or dtype != "float32") and (reason := refusal()):
                 raise unittest.SkipTest(reason)
-            return Case(backend, subject, device, dtype, shared=shared)
+            return Case(backend, subject, device, dtype, shared=shared, known=known)
 
         return make
 
@@ -185,9 +199,19 @@ class Workshop:
         )
         if model_format == LIVE:
             return Subject(model, model_format, facts, reference, module=module)
-        target = Path(self._folder.name) / f"{model}-{model_format}{dialect}-{dtype}"
-        artifact = export(module, model_format, facts, target, dialect=dialect)
+        target = self._place / f"{model}-{model_format}{dialect}-{dtype}"
+        with FileLock(f"{target}.lock"):
+            if is_artifact(target):
+                artifact = Artifact.open(target)
+            else:
+                artifact = export(module, model_format, facts, target, dialect=dialect)
         return Subject(model, model_format, facts, reference, artifact=artifact)
+
+
+@functools.cache
+def kept() -> Workshop:
+    """Give the workshop that tests of one process share, removed when the process ends."""
+    return Workshop()
 
 
 def _close(engines: list[list[Engine]], folder: tempfile.TemporaryDirectory[str]) -> None:
@@ -248,7 +272,7 @@ def reference_of(module: "nn.Module", source: SourceFacts | None = None) -> Refe
 
     @functools.lru_cache(maxsize=1024)
     def run(ids: tuple[int, ...]) -> FloatArray:
-        with torch.no_grad():
+        with torch.no_grad(), _one_thread():
             result = module(torch.tensor([ids]))
         logits = result.logits if hasattr(result, "logits") else result[0]
         return np.asarray(logits[0].float().numpy())
@@ -266,8 +290,21 @@ def _reference_after(module: Any, facts: ModelFacts) -> Reference:
 
     def reference(ids: IntArray, source: AnyArray | None = None) -> FloatArray:
         inputs = torch.from_numpy(usual if source is None else source)[None]
-        with torch.no_grad():
+        with torch.no_grad(), _one_thread():
             result = module(**{module.main_input_name: inputs}, decoder_input_ids=torch.from_numpy(ids)[None])
         return np.asarray(result.logits[0].float().numpy())
 
     return reference
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute without its pool of threads: on models this small, waiting for it is most of the time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
