@@ -128,7 +128,8 @@ class Compressor:
         if unable:
             raise UnsupportedError(
                 f"step {unable[0]!r} does not take encoder-decoders, and {model.source} is one. Steps that do: GPTQ, "
-                "Wanda, SparseGPT, and without calibration Quantize (rtn), HQQ, Magnitude, Cast"
+                "AWQ, SmoothQuant, Mixed, Wanda, SparseGPT, PruneChannels, and without calibration Quantize (rtn), "
+                "HQQ, Magnitude and Cast"
             )
         if not reading:
             if given is not None:

@@ -184,8 +184,17 @@ class SupportsTaps(Protocol):
         """Names of the values that can be shown, in the order in which they are computed."""
         ...
 
-    def taps(self, input_ids: IntArray, names: Sequence[str]) -> Mapping[str, AnyArray]:
-        """Run `(1, sequence)` ids from an empty state and return the named values."""
+    def taps(
+        self, input_ids: IntArray, names: Sequence[str], source: AnyArray | None = None
+    ) -> Mapping[str, AnyArray]:
+        """Run ids from an empty state and return the named values.
+
+        Args:
+            input_ids: `(1, sequence)` int64.
+            names: Of `tap_names()`.
+            source: What the encoder of an encoder-decoder reads before them, `(1, source)` ids or
+                `(1, size, source)` features; given only to engines that run such models.
+        """
         ...
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from lmopt.contracts import Engine, EngineFactory, EngineRequest
 from lmopt.errors import LmoptError, ParityError, UnsupportedError
 from lmopt.evaluation import Examination, ParityReport, Tolerance, locate, require
+from lmopt.evaluation.cases import make_source
 from lmopt.model import Model
 from lmopt.registry import backends
 from lmopt.spec import ExporterSpec
@@ -147,7 +148,7 @@ def verify(
         require(report, what=f"the {spec.name} export of {model.source} (nothing was published)")
     except ParityError as error:
         with contextlib.closing(open_engine(request)) as candidate:
-            place = _where(model, module, candidate, prompts)
+            place = _where(model, module, candidate, prompts, texts)
         raise ParityError(f"{error}\n{place}", error.report) from None
     return report
 
@@ -170,12 +171,21 @@ def _limits(dtype: str, written: Mapping[str, Any]) -> str:
     return "int8-cache" if written.get("kv_cache_dtype") == "int8" else dtype
 
 
-def _where(model: Model, module: Any, candidate: Engine, prompts: list[list[int]] | None) -> str:
+def _where(
+    model: Model,
+    module: Any,
+    candidate: Engine,
+    prompts: list[list[int]] | None,
+    texts: list[list[int]] | None,
+) -> str:
     """Say which operator differs first, if that can be found."""
     vocab_size = model.facts.vocab_size
     ids: IntArray = np.arange(3, 27) % vocab_size if prompts is None else np.array(prompts[0][:24])
+    facts, source = model.facts.source, None
+    if facts is not None:
+        source = np.array(texts[0][: facts.length], np.int64) if texts else make_source(facts, 0, 0)
     try:
         engine = backends.load("torch")(EngineRequest(facts=model.facts, module=module))
-        return str(locate(engine, candidate, ids, dtype=model_dtype(model)))
+        return str(locate(engine, candidate, ids, source=source, dtype=model_dtype(model)))
     except LmoptError as error:
         return f"The place could not be found: {error}"

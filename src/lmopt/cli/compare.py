@@ -128,6 +128,7 @@ def _locate(
     import numpy as np
 
     from lmopt.evaluation import locate
+    from lmopt.evaluation.cases import make_source
 
     ids = np.array(
         prompts[0][:_BISECT_TOKENS] if prompts else np.arange(_BISECT_TOKENS) % ours.facts.vocab_size
@@ -135,7 +136,9 @@ def _locate(
     try:
         with out.progress() as tell:
             tell("bisect", 0, 1)
-            found = locate(ours.engine, theirs.engine, ids, dtype=dtype)
+            facts = ours.facts.source
+            source = None if facts is None else make_source(facts, 0, 0)
+            found = locate(ours.engine, theirs.engine, ids, source=source, dtype=dtype)
     except LmoptError as error:
         return {"message": f"the place could not be found: {error}"}
     return {"message": str(found), **found.to_dict()}

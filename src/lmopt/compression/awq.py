@@ -31,6 +31,7 @@ class AWQ(Quantize):
 
     name: ClassVar[str] = "awq"
     needs_texts: ClassVar[bool] = True
+    reads_sources: ClassVar[bool] = True
 
     n_grid: int = 20
     fold_only: bool = False

@@ -38,6 +38,7 @@ class PruneChannels:
     """
 
     name: ClassVar[str] = "prune_channels"
+    reads_sources: ClassVar[bool] = True
     target: ClassVar[str] = "lmopt.backends.torch.structure:prune_channels"
 
     share: float = 0.25

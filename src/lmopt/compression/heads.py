@@ -31,6 +31,7 @@ class PruneHeads:
     """
 
     name: ClassVar[str] = "prune_heads"
+    reads_sources: ClassVar[bool] = True
     target: ClassVar[str] = "lmopt.backends.torch.structure:prune_heads"
 
     share: float | None = None

@@ -68,6 +68,11 @@ class Mixed:
             raise UnsupportedOptionError(f"tokens is {self.tokens!r}; expected at least {_LEAST_TOKENS}")
 
     @property
+    def reads_sources(self) -> bool:
+        """Whether encoder-decoders are taken too: as the quantizer does."""
+        return not self.quantizer.needs_texts or getattr(self.quantizer, "reads_sources", False)
+
+    @property
     def bits(self) -> int:
         """The narrowest width that may come out."""
         return min(self.choices)

@@ -24,6 +24,7 @@ class SmoothQuant(Quantize):
 
     name: ClassVar[str] = "smoothquant"
     needs_texts: ClassVar[bool] = True
+    reads_sources: ClassVar[bool] = True
 
     bits: int = 8
     activations: int | None = 8

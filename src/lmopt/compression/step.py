@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from lmopt.types import AnyArray, IntArray
+from lmopt.types import AnyArray, IntArray, SourceFacts
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage of the work, the steps done and their total."""
@@ -69,6 +69,12 @@ class Setting:
     original: Any = None
     current: Any = None
     sources: Sequence[AnyArray] = ()
+
+    @property
+    def source(self) -> SourceFacts | None:
+        """What the model's encoder reads, `None` where it has none."""
+        found: SourceFacts | None = None if self.current is None else self.current.facts.source
+        return found
 
 
 def plain_fields(step: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ to be wrong not where its error is large, but where it is far larger than that o
 before it.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -86,6 +87,7 @@ def locate(
     candidate: Engine | SupportsTaps,
     input_ids: IntArray,
     *,
+    source: AnyArray | None = None,
     dtype: str = "float32",
     tolerance: float | None = None,
 ) -> Divergence:
@@ -95,6 +97,7 @@ def locate(
         reference: Engine that is right.
         candidate: Engine under suspicion.
         input_ids: `(sequence,)` or `(1, sequence)` int64 ids; a few dozen tokens are enough.
+        source: What the encoders of two encoder-decoders read before, ids or features of one row.
         dtype: Coarser of the two engines' types, for the rounding to expect.
         tolerance: Relative error that rounding explains, in place of the one for `dtype`. A value
             is wrong where its error exceeds eight times both this and all errors before it.
@@ -106,7 +109,11 @@ def locate(
         UnsupportedError: An engine cannot show values, or the two share no name.
         UnsupportedOptionError: `dtype` is unknown.
     """
-    ours, theirs = _with_taps("reference", reference), _with_taps("candidate", candidate)
+    after = source is not None
+    ours, theirs = (
+        _with_taps(side, engine, after=after)
+        for side, engine in (("reference", reference), ("candidate", candidate))
+    )
     if tolerance is None:
         if dtype not in ROUNDING:
             raise UnsupportedOptionError(
@@ -114,11 +121,18 @@ def locate(
                 f"{', '.join(ROUNDING)}."
             )
         tolerance = ROUNDING[dtype]
-    return _Search(ours, theirs, np.atleast_2d(input_ids), tolerance).run()
+    given = {} if source is None else {"source": source[None]}
+    return _Search(ours, theirs, np.atleast_2d(input_ids), given, tolerance).run()
 
 
-def _with_taps(side: str, engine: Engine | SupportsTaps) -> SupportsTaps:
+def _with_taps(side: str, engine: Engine | SupportsTaps, *, after: bool) -> SupportsTaps:
     if isinstance(engine, SupportsTaps):
+        if after and "source" not in inspect.signature(engine.taps).parameters:
+            raise UnsupportedError(
+                f"the {side} engine ({type(engine).__name__}) shows values of models without an encoder only, so a "
+                "difference cannot be located. Give its method taps the parameter source, as "
+                "lmopt.contracts.SupportsTaps says"
+            )
         return engine
     raise UnsupportedError(
         f"the {side} engine ({type(engine).__name__}) cannot show values inside the model, so a "
@@ -131,11 +145,17 @@ class _Search:
     """One search: the two engines, and the errors measured so far."""
 
     def __init__(
-        self, reference: SupportsTaps, candidate: SupportsTaps, ids: IntArray, tolerance: float
+        self,
+        reference: SupportsTaps,
+        candidate: SupportsTaps,
+        ids: IntArray,
+        before: Mapping[str, AnyArray],
+        tolerance: float,
     ) -> None:
         self.reference = reference
         self.candidate = candidate
         self.ids = ids
+        self.before = before
         self.tolerance = tolerance
         ours, theirs = list(reference.tap_names()), list(candidate.tap_names())
         self.names = [name for name in ours if name in set(theirs)]
@@ -178,8 +198,8 @@ class _Search:
 
     def first_jump(self, level: Sequence[str], floor: float) -> tuple[list[str], str | None]:
         """Measure the values of a level; give those before the first wrong one, and that one."""
-        ours = self.reference.taps(self.ids, level)
-        theirs = self.candidate.taps(self.ids, level)
+        ours = self.reference.taps(self.ids, level, **self.before)
+        theirs = self.candidate.taps(self.ids, level, **self.before)
         self.errors.update({name: relative_error(ours[name], theirs[name]) for name in level})
         good: list[str] = []
         for name in level:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lmopt.backends.torch.calibration import readings
 from lmopt.backends.torch.compressing import by_matrix, relative_error
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.backends.torch.quantizing import find_weights, matrix_of
@@ -19,6 +20,7 @@ from lmopt.compression.step import Setting
 from lmopt.errors import InputError, UnsupportedOptionError
 from lmopt.testing.models import VOCAB_SIZE as VOCAB
 from lmopt.testing.models import tiny_gpt, tiny_llama
+from lmopt.testing.seq2seq import tiny_bart, tiny_t5, tiny_whisper
 
 
 def setting(count=6, width=32):
@@ -94,6 +96,36 @@ def test_scaled_inputs_leave_the_model_as_it_was(kind, expected):
     assert changed == expected
 
 
+@pytest.mark.parametrize(
+    ("build", "source", "expected"),
+    [
+        (tiny_t5, [5, 6, 7, 8, 1], {"q", "k", "v", "o", "wi", "wo"}),
+        # Its norms come after the sum, which reads them too; the last one of the encoder is read by the decoder alone.
+        (tiny_bart, [5, 6, 7, 8, 1], {"v_proj", "out_proj", "encoder_attn.k_proj"}),
+        (tiny_whisper, None, {"q_proj", "k_proj", "v_proj", "out_proj", "fc1"}),
+    ],
+)
+def test_scaled_inputs_leave_an_encoder_decoder_as_it_was(build, source, expected):
+    module = build()
+    read = (
+        np.random.default_rng(0).normal(size=(8, 40)).astype(np.float32)
+        if source is None
+        else np.array(source)
+    )
+    given = Setting(VOCAB, [np.arange(3, 12)], sources=[read])
+    small = by_matrix(module, OnlyScales(embedding=None, head=None), given)
+    (pair,) = readings(module, given, 1)
+    with torch.no_grad():
+        ours, theirs = pair.logits(small), pair.logits(module)
+    assert (ours - theirs).abs().max() < 2e-4 * theirs.abs().max()
+    weights = [one.path for one in find_weights(module, VOCAB) if one.part == "linear"]
+    changed = {
+        path for path in weights
+        if not torch.equal(matrix_of(module.get_submodule(path)), matrix_of(small.get_submodule(path)))
+    }  # fmt: skip
+    assert changed == {path for path in weights if any(path.endswith(f".{name}") for name in expected)}
+
+
 def test_a_norm_with_another_reader_takes_no_scales():
     class Block(nn.Module):
         def __init__(self):
@@ -107,7 +139,7 @@ def test_a_norm_with_another_reader_takes_no_scales():
 
     block = Block()
     x = torch.randn(1, 5, 8)
-    assert find_producer(block, [block.linear], lambda: block(x)) is None
+    assert find_producer([*block.modules()], [block.linear], lambda: block(x)) is None
 
 
 def test_a_loud_residual_stream_does_not_hide_a_wrong_producer():
@@ -125,7 +157,7 @@ def test_a_loud_residual_stream_does_not_hide_a_wrong_producer():
 
     block = Gated()
     x = torch.randn(1, 40, 8)
-    found = find_producer(block, [block.down], lambda: block(x))
+    found = find_producer([*block.modules()], [block.down], lambda: block(x))
     assert found is not None
     assert found.module is block.up
 

@@ -1,5 +1,6 @@
 """Two graphs of an encoder-decoder: what is in them, that they say the same, and that the gate would notice."""
 
+import copy
 import subprocess
 import sys
 from collections import Counter
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
 import lmopt
 from lmopt.backends.onnxruntime.encoder import Encoder
 from lmopt.compression import Quantize
 from lmopt.errors import CorruptArtifactError, ParityError, UnsupportedError, UnsupportedOptionError
+from lmopt.evaluation import locate
 from lmopt.gate import verify
 from lmopt.registry import exporters
 from lmopt.testing.seq2seq import SEQ2SEQ_SOURCE, tiny_bart, tiny_seq2seq, tiny_t5
@@ -121,6 +124,65 @@ def test_deployment_needs_no_torch(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["onnxruntime", "4"], done.stderr
+
+
+def damaged(model: lmopt.Model, path: str) -> lmopt.Model:
+    module = copy.deepcopy(model.module)
+    with torch.no_grad():
+        module.get_submodule(path).weight.mul_(1.05)
+    return lmopt.Model.from_module(module)
+
+
+@pytest.mark.parametrize(
+    ("path", "block"),
+    [
+        ("model.encoder.layers.0.self_attn.q_proj", "model.encoder.layers.0"),
+        ("model.encoder.layers.1.fc1", "model.encoder.layers.1"),
+        # The encoder's graph computes it, and the decoder's what becomes of it.
+        ("model.decoder.layers.1.encoder_attn.v_proj", "model.decoder.layers.1"),
+        ("model.decoder.layers.0.encoder_attn.q_proj", "model.decoder.layers.0"),
+        ("model.decoder.layers.1.fc2", "model.decoder.layers.1"),
+        (None, None),
+    ],
+)
+def test_where_a_graph_and_its_model_part_is_found(
+    bart: lmopt.Model, folder: Path, path: str | None, block: str | None
+) -> None:
+    other = bart if path is None else damaged(bart, path)
+    with (
+        lmopt.Runtime(other, backend="torch") as ours,
+        lmopt.Runtime(folder, backend="onnxruntime") as theirs,
+    ):
+        found = locate(ours.engine, theirs.engine, np.arange(3, 20), source=np.array(SOURCES[0]))
+    assert found.block == block
+    assert path is None or path in found.suspects
+    assert found.errors
+
+
+def test_an_engine_that_shows_nothing_after_a_source_is_told_apart(bart: lmopt.Model) -> None:
+    class Older:
+        def tap_names(self) -> list[str]:
+            return []
+
+        def taps(self, input_ids: Any, names: Any) -> Any:
+            return {}
+
+    with (
+        lmopt.Runtime(bart, backend="torch") as ours,
+        pytest.raises(UnsupportedError, match="parameter source"),
+    ):
+        locate(ours.engine, Older(), np.arange(3, 20), source=np.array(SOURCES[0]))
+
+
+def test_a_failed_gate_names_the_block(bart: lmopt.Model, folder: Path) -> None:
+    artifact = lmopt.Artifact.open(folder)
+    with pytest.raises(
+        ParityError, match=r"first difference in model\.encoder\.layers\.1, operator model\.enc"
+    ):
+        verify(
+            damaged(bart, "model.encoder.layers.1.fc1"), exporters.spec("onnx"), folder, artifact.manifest,
+            tolerance=None, progress=lambda done, total: None,
+        )  # fmt: skip
 
 
 def test_the_gate_notices_a_wrong_source(

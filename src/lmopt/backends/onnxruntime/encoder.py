@@ -1,11 +1,11 @@
 """The encoder of an exported encoder-decoder: a graph that runs once for a source."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
 
-from lmopt.backends.onnxruntime.graph import open_session, run_options, run_values
+from lmopt.backends.onnxruntime.graph import open_session, run_options, run_values, show_values
 from lmopt.backends.onnxruntime.session import SessionSettings, ort
 from lmopt.contracts import ArtifactView
 from lmopt.errors import ClosedError, CorruptArtifactError, EngineError
@@ -37,7 +37,10 @@ class Encoder:
         *,
         widened: bool = False,
     ) -> None:
-        file = artifact.manifest["formats"]["onnx"]["encoder"]
+        entry = artifact.manifest["formats"]["onnx"]
+        file = entry["encoder"]
+        self._artifact, self._settings, self._file = artifact, settings, file
+        self._taps: dict[str, str] = dict(entry.get("encoder_taps", ()))
         self._session: ort.InferenceSession | None = open_session(artifact, file, settings, widened=widened)
         self._options = run_options()
         self._device = settings.device
@@ -67,11 +70,9 @@ class Encoder:
         session = self._session
         if session is None:
             raise ClosedError("this engine is closed; open a new lmopt.Runtime")
-        feeds = {self._input: inputs.astype(np.float16) if self._half else inputs}
-        if self._masked:
-            feeds[ATTENTION_MASK] = mask
         values = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(one)) for name, one in feeds.items()
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(one))
+            for name, one in self._feeds(inputs, mask).items()
         }
         try:
             results = run_values(session, self._device, values, list(self._outputs.values()), self._options)
@@ -85,6 +86,28 @@ class Encoder:
         if self._keeps_mask:
             found[SOURCE_MASK] = ort.OrtValue.ortvalue_from_numpy(mask)
         return found
+
+    def tap_names(self) -> list[str]:
+        """Names of the modules whose output the graph can show."""
+        return list(self._taps)
+
+    def taps(self, inputs: AnyArray, mask: IntArray, names: Sequence[str]) -> dict[str, AnyArray]:
+        """Read sources with the named module outputs added to the graph's outputs.
+
+        Args:
+            inputs: As for `run`.
+            mask: As for `run`.
+            names: Of `tap_names()`.
+        """
+        values = {name: self._taps[name] for name in names}
+        path = self._artifact.file(self._file)
+        return show_values(path, self._settings, self._artifact.path, values, self._feeds(inputs, mask))
+
+    def _feeds(self, inputs: AnyArray, mask: IntArray) -> dict[str, AnyArray]:
+        feeds = {self._input: inputs.astype(np.float16) if self._half else inputs}
+        if self._masked:
+            feeds[ATTENTION_MASK] = mask
+        return feeds
 
     def close(self) -> None:
         """Let go of the session, and stop runs that are inside it."""

@@ -132,33 +132,63 @@ class Graph:
         """Names of the modules whose output the graph can show."""
         return [name for name, _ in self._format.get("taps", ())]
 
-    def taps(self, input_ids: IntArray, names: Sequence[str], *, capacity: int = 0) -> dict[str, AnyArray]:
+    def taps(
+        self,
+        input_ids: IntArray,
+        names: Sequence[str],
+        *,
+        capacity: int = 0,
+        past: Mapping[str, AnyArray] | None = None,
+    ) -> dict[str, AnyArray]:
         """Run ids from an empty state with the named module outputs added to the graph's outputs.
 
         Args:
             input_ids: `(batch, sequence)` ids.
             names: Of `tap_names()`.
             capacity: Slots of the past, for graphs that are given room ahead.
+            past: The state that the ids come after, by name; an empty one where `None`.
         """
         self.session()
         known = dict(self._format.get("taps", ()))
         if unknown := [name for name in names if name not in known]:
             raise InputError(f"the graph cannot show {unknown[0]!r}; tap_names() lists what it can")
         values = {name: known[name] for name in names}
-        source = _with_outputs(self._artifact.file(self._file), list(values.values()))
-        session = create_session(source, self._settings, data_folder=self._artifact.path)
         ids = np.asarray(input_ids, np.int64)
         state = self.signature.begin(len(ids))
         lengths = np.full(len(ids), ids.shape[1])
         check_step(ids, lengths, state.lengths, self.signature.vocab_size)
-        past = {
-            one.past.name: np.zeros(one.sizes(len(ids), capacity), one.past.dtype)
-            for one in self.signature.state
-        }
-        feeds = dict(self.signature.step(ids, lengths, state).feeds) | past
-        wanted = list(dict.fromkeys(values.values()))
-        computed = dict(zip(wanted, session.run(wanted, feeds), strict=True))
-        return {name: computed[value] for name, value in values.items()}
+        if past is None:
+            past = {
+                one.past.name: np.zeros(one.sizes(len(ids), capacity), one.past.dtype)
+                for one in self.signature.state
+            }
+        feeds = {**self.signature.step(ids, lengths, state).feeds, **past}
+        path = self._artifact.file(self._file)
+        return show_values(path, self._settings, self._artifact.path, values, feeds)
+
+
+def show_values(
+    path: Path,
+    settings: SessionSettings,
+    data_folder: Path,
+    values: Mapping[str, str],
+    feeds: Mapping[str, AnyArray],
+) -> dict[str, AnyArray]:
+    """Run a graph once with values inside of it added to its outputs.
+
+    Args:
+        path: The graph.
+        settings: How the session runs.
+        data_folder: Where its weights are.
+        values: Names to show under, to names of values.
+        feeds: Its inputs by name.
+    """
+    wanted = list(dict.fromkeys(values.values()))
+    if not wanted:
+        return {}
+    session = create_session(_with_outputs(path, wanted), settings, data_folder=data_folder)
+    computed = dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True))
+    return {name: computed[value] for name, value in values.items()}
 
 
 def open_session(

@@ -155,11 +155,25 @@ class GrowingCacheEngine:
 
     def tap_names(self) -> list[str]:
         """Names of the modules whose output the graph can show."""
-        return self._graph.tap_names()
+        first = [] if self._encoder is None else self._encoder.tap_names()
+        return [*first, *self._graph.tap_names()]
 
-    def taps(self, input_ids: IntArray, names: Sequence[str]) -> Mapping[str, AnyArray]:
-        """Run ids from an empty state with the named module outputs added to the graph's outputs."""
-        return self._graph.taps(input_ids, names)
+    def taps(
+        self, input_ids: IntArray, names: Sequence[str], source: AnyArray | None = None
+    ) -> Mapping[str, AnyArray]:
+        """Run ids from an empty state, or after a source, and show the named module outputs."""
+        if self._encoder is None or source is None:
+            self.begin(len(input_ids))  # refuses to go without a source where there is an encoder
+            return self._graph.taps(input_ids, names)
+        lengths = np.full(len(source), source.shape[-1])
+        inputs, mask = check_sources(source, lengths, self.facts.source, ragged=self.ragged_sources)
+        first = [name for name in names if name in set(self._encoder.tap_names())]
+        past = _with_arrays(self.encode(source, lengths)).tensors
+        rest = [name for name in names if name not in first]
+        return {
+            **self._encoder.taps(inputs, mask, first),
+            **(self._graph.taps(input_ids, rest, past=past) if rest else {}),
+        }
 
 
 def _to_ort(array: AnyArray) -> "ort.OrtValue":

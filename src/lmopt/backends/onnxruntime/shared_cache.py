@@ -195,7 +195,9 @@ class SharedCacheEngine:
         """Names of the modules whose output the graph can show."""
         return self._graph.tap_names()
 
-    def taps(self, input_ids: IntArray, names: Sequence[str]) -> Mapping[str, AnyArray]:
+    def taps(
+        self, input_ids: IntArray, names: Sequence[str], source: AnyArray | None = None
+    ) -> Mapping[str, AnyArray]:
         """Run ids from an empty state with the named module outputs added to the graph's outputs."""
         return self._graph.taps(input_ids, names, capacity=np.shape(input_ids)[1])
 

@@ -3,9 +3,12 @@
 Where a model is a stack of equal blocks, each is run by itself on what the ones before it have made of the
 texts: two passes over the texts in all, and no more in memory than the texts' hidden states. That a stack may be
 run so is not believed but tried: the first texts must come out of it as they come out of the model. Everything
-else is run as a whole, as often as the statistics take to fit into memory.
+else is run as a whole, as often as the statistics take to fit into memory; so are encoder-decoders, whose blocks are
+run by themselves on the first pair only, to see what scales can be moved where.
 """
 
+import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,16 +22,51 @@ from torch import Tensor, nn
 from lmopt.backends.torch.attention import own_attention
 from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.quantized import quantized_parts
-from lmopt.backends.torch.reference import FullForward
+from lmopt.backends.torch.quantizing import matrix_of
 from lmopt.backends.torch.resizing import Blocks
 from lmopt.compression.statistics import Statistics
 from lmopt.compression.step import Setting
-from lmopt.types import IntArray
+from lmopt.types import AnyArray, IntArray
 
 # Tokens that are run at once.
 _BATCH_TOKENS: Final = 4096
 # Bytes of statistics at once where a model has no blocks.
 _MOST_BYTES: Final = 1 << 29
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a model reads in one pass.
+
+    Attributes:
+        ids: `(rows, tokens)` int64, of a decoder.
+        inputs: `(rows, ...)`, what its encoder reads before them; `None` where it has none.
+    """
+
+    ids: Tensor
+    inputs: Tensor | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, row: IntArray, source: AnyArray | None = None) -> "Reading":
+        """Put one row, and the source before it, where a module is, features in its type."""
+        device = device_of(module)
+        ids = torch.from_numpy(np.ascontiguousarray(row, np.int64))[None].to(device)
+        if source is None:
+            return cls(ids)
+        inputs = torch.from_numpy(np.ascontiguousarray(source))[None].to(device)
+        return cls(ids, inputs.to(next(module.parameters()).dtype) if inputs.is_floating_point() else inputs)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.ids)
+
+    def first(self) -> "Reading":
+        """Give the first row alone."""
+        return Reading(self.ids[:1], None if self.inputs is None else self.inputs[:1])
+
+    def logits(self, module: nn.Module) -> Tensor:
+        """Let a module read it; see `logits_of`."""
+        return logits_of(module, self.ids, self.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +77,12 @@ class Stage:
 
     Attributes:
         statistics: By path; linears that read one tensor have one object.
-        block: Block that the linears are in, `None` for those outside of all.
-        run: Runs the block on a piece of text.
+        parts: Parts of the model among which is what makes the linears' inputs, as far as that may be scaled.
+        run: Runs them on a piece of text.
     """
 
     statistics: dict[str, Statistics]
-    block: nn.Module | None = None
+    parts: Sequence[nn.Module] = ()
     run: Callable[[], Tensor] | None = None
 
     def shared(self) -> list[list[str]]:
@@ -72,14 +110,12 @@ def stages(module: nn.Module, setting: Setting, wanted: Sequence[str]) -> Iterat
     Yields:
         Every wanted linear once, as far as the texts reach it.
     """
-    rows = setting.rows
     if len(setting.sources):
-        yield from whole_passes(module, setting, wanted)
+        yield from _stages_after_sources(module, setting, wanted)
         return
-    batches = batches_of(rows, device_of(module), _BATCH_TOKENS)
     stack = find_stack(module)
     inside: set[str] = set()
-    run = None if stack is None else _Stack.of(module, stack, batches)
+    run = None if stack is None else _Stack.of(module, stack, readings(module, setting, _BATCH_TOKENS))
     if run is not None:
         for number, (path, _) in enumerate(run.blocks):
             paths = [one for one in wanted if one.startswith(path + ".")]
@@ -87,15 +123,65 @@ def stages(module: nn.Module, setting: Setting, wanted: Sequence[str]) -> Iterat
             if paths:
                 with gathering(module, paths) as gathered:
                     run.read(number)
-                yield Stage(gathered(), run.blocks[number][1], partial(run.sample, number))
+                parts = list(run.blocks[number][1].modules())
+                yield Stage(gathered(), parts, partial(run.sample, number))
             run.advance(number)
     rest = [one for one in wanted if one not in inside]
     yield from whole_passes(module, setting, rest)
 
 
-def whole_passes(module: nn.Module, setting: Setting, wanted: Sequence[str]) -> Iterator[Stage]:
-    """Run a whole model, as often as the statistics take to fit into memory; arguments are those of `stages`."""
-    for paths in _affordable(module, wanted):
+def _stages_after_sources(module: nn.Module, setting: Setting, wanted: Sequence[str]) -> Iterator[Stage]:
+    """Show linears of an encoder-decoder what they read in whole passes, those of each block together.
+
+    The statistics are the unchanged model's. What linears of several blocks read, as all layers of a decoder read
+    what the encoder gives, comes last, with the parts outside of the blocks and in the last of each list.
+    """
+    first = Reading.of(module, setting.rows[0], setting.sources[0])
+    blocks: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {}
+    outside = dict.fromkeys(module.modules())
+    for stack in find_stacks(module):
+        for block in list(stack[1])[:-1]:
+            for one in block.modules():
+                outside.pop(one, None)
+        if (run := _Stack.of(module, stack, [first])) is not None:
+            for number, (path, block) in enumerate(run.blocks):
+                blocks[path] = block, partial(run.sample, number)
+
+    def home(path: str) -> str:
+        return next((block for block in blocks if path.startswith(block + ".")), "")
+
+    for stage in whole_passes(module, setting, wanted, together=lambda path: home(path) or path):
+        found: dict[str, dict[str, Statistics]] = {block: {} for block in (*blocks, "")}
+        for paths in stage.shared():
+            homes = {home(path) for path in paths}
+            found[homes.pop() if len(homes) == 1 else ""].update(
+                (path, stage.statistics[path]) for path in paths
+            )
+        for path, statistics in found.items():
+            if not statistics:
+                continue
+            if path:
+                block, run_block = blocks[path]
+                yield Stage(statistics, list(block.modules()), run_block)
+            else:
+                yield Stage(statistics, list(outside) if blocks else (), partial(_logits, module, first))
+
+
+def whole_passes(
+    module: nn.Module,
+    setting: Setting,
+    wanted: Sequence[str],
+    together: Callable[[str], str] = str,
+) -> Iterator[Stage]:
+    """Run a whole model, as often as the statistics take to fit into memory.
+
+    Args:
+        module: As for `stages`.
+        setting: As for `stages`.
+        wanted: As for `stages`.
+        together: Names what a path belongs to; neighbours of one name are watched in one run.
+    """
+    for paths in _affordable(module, wanted, together):
         with gathering(module, paths) as gathered:
             read_all(module, setting, tokens=1)
         yield Stage(gathered())
@@ -109,22 +195,39 @@ def read_all(
     Args:
         module: The model, in evaluation mode.
         setting: Has the texts, and what an encoder reads before each.
-        tokens: Tokens that are read at once, where no encoder is.
+        tokens: As for `readings`.
         done: Called after each pass with the passes so far and their number.
     """
-    with torch.inference_mode():
-        passes: list[Callable[[], Any]]
-        if len(setting.sources):
-            after = FullForward(module, source=setting.current.facts.source)
-            given = zip(setting.rows, setting.sources, strict=True)
-            passes = [partial(after, row, source) for row, source in given]
-        else:
-            batches = batches_of(setting.rows, device_of(module), tokens)
-            passes = [partial(logits_of, module, batch) for batch in batches]
-        for place, read in enumerate(passes, 1):
-            read()
-            if done is not None:
-                done(place, len(passes))
+    passes = readings(module, setting, tokens)
+    for place, one in enumerate(passes, 1):
+        _logits(module, one)
+        if done is not None:
+            done(place, len(passes))
+
+
+def readings(module: nn.Module, setting: Setting, tokens: int) -> list[Reading]:
+    """Put the calibration texts into passes.
+
+    Args:
+        module: Says where they are read.
+        setting: Has the texts, and what an encoder reads before each.
+        tokens: Tokens that are read at once; after a source each text is read alone.
+    """
+    if len(setting.sources):
+        given = zip(setting.rows, setting.sources, strict=True)
+        return [Reading.of(module, row, source) for row, source in given]
+    return [Reading(ids) for ids in batches_of(setting.rows, device_of(module), tokens)]
+
+
+def find_stacks(module: nn.Module) -> list[tuple[str, Blocks]]:
+    """Find all lists of blocks of one class that are in no other such list, in the model's order."""
+    found: list[tuple[str, Blocks]] = []
+    for path, blocks in _lists(module):
+        if any(True for _ in blocks[0].children()) and not any(
+            path.startswith(f"{one}.") for one, _ in found
+        ):
+            found.append((path, blocks))
+    return found
 
 
 def find_stack(module: nn.Module) -> tuple[str, Blocks] | None:
@@ -133,17 +236,22 @@ def find_stack(module: nn.Module) -> tuple[str, Blocks] | None:
     A list is a `ModuleList` or a `Sequential`; the latter's members must have parts, as linears have not.
     """
     best: tuple[str, Blocks] | None = None
+    for path, blocks in _lists(module):
+        # An outer list comes before the lists inside its blocks.
+        if len(blocks) > (1 if best is None else len(best[1])):
+            best = path, blocks
+    return best
+
+
+def _lists(module: nn.Module) -> Iterator[tuple[str, Blocks]]:
+    """Find lists of one or more parts of one class."""
     for path, part in module.named_modules():
         if type(part) is nn.Sequential:
             alike = all(any(True for _ in one.children()) for one in part)
         else:
             alike = isinstance(part, nn.ModuleList)
-        if not alike or not isinstance(part, Blocks) or len({type(one) for one in part}) != 1:
-            continue
-        # An outer list comes before the lists inside its blocks.
-        if len(part) > (1 if best is None else len(best[1])):
-            best = path, part
-    return best
+        if alike and isinstance(part, Blocks) and len({type(one) for one in part}) == 1:
+            yield path, part
 
 
 @contextmanager
@@ -154,15 +262,17 @@ def gathering(module: nn.Module, paths: Sequence[str]) -> Iterator[Callable[[], 
         A function that gives the statistics so far, of those that have read anything.
     """
     found: dict[str, _Sums] = {}
-    last: list[tuple[Tensor, str]] = []
+    # By identity, for as long as the model holds it and does not write into it: whose statistics it is in.
+    known: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
 
     def watch(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(part: nn.Module, args: tuple[Any, ...]) -> None:
             x: Tensor = args[0]
-            if last and last[0][0] is x:
-                found[path] = found[last[0][1]]
+            read, version, owner = known.get(id(x), (None, 0, ""))
+            if read is not None and read() is x and version == _version(x):
+                found[path] = found[owner]
                 return
-            last[:] = [(x, path)]
+            known[id(x)] = weakref.ref(x), _version(x), path
             found.setdefault(path, _Sums(x.shape[-1], x.device)).add(x)
 
         return hook
@@ -172,6 +282,10 @@ def gathering(module: nn.Module, paths: Sequence[str]) -> Iterator[Callable[[], 
             handle = module.get_submodule(path).register_forward_pre_hook(watch(path))
             hooks.callback(handle.remove)
         yield lambda: {path: sums.statistics() for path, sums in found.items()}
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 class _Sums:
@@ -228,12 +342,12 @@ class _Stack:
         self._hidden: list[Tensor] = []
 
     @classmethod
-    def of(cls, module: nn.Module, stack: tuple[str, Blocks], batches: list[Tensor]) -> "_Stack | None":
+    def of(cls, module: nn.Module, stack: tuple[str, Blocks], batches: list[Reading]) -> "_Stack | None":
         """Look how the model calls its blocks; `None` where it does more than call one after the other."""
         path, parts = stack
         run = cls([(f"{path}.{number}", part) for number, part in enumerate(parts)])
         # The first text by itself comes first, as the sample; it also shows whether blocks run more than once.
-        for batch in [batches[0][:1], *batches]:
+        for batch in [batches[0].first(), *batches]:
             seen = _record(module, parts, batch, only_first=len(batch) in run._calls)
             if not seen or seen[0][0] != 0:
                 return None
@@ -274,14 +388,14 @@ class _Stack:
     def _step(self, number: int, hidden: Tensor) -> Tensor:
         call = self._calls[len(hidden)][number]
         # Not around the whole loop: whoever changes weights between two stages must not be inside of it.
-        with torch.inference_mode(), own_attention():
+        with torch.no_grad(), own_attention():
             result = self.blocks[number][1](hidden, *call.args, **call.kwargs)
         given: Tensor = result[0] if isinstance(result, tuple) else result
         return given
 
 
 def _record(
-    module: nn.Module, parts: Blocks, batch: Tensor, *, only_first: bool
+    module: nn.Module, parts: Blocks, batch: Reading, *, only_first: bool
 ) -> list[tuple[int, Tensor, _Call]]:
     """Run a model and note how it calls its blocks; nothing where that is not by hidden states."""
     seen: list[tuple[int, Tensor, _Call]] = []
@@ -302,8 +416,8 @@ def _record(
     with ExitStack() as hooks:
         for place, part in enumerate(parts):
             hooks.callback(part.register_forward_pre_hook(watch(place), with_kwargs=True).remove)
-        with suppress(_NotNowError), torch.inference_mode():
-            logits_of(module, batch)
+        with suppress(_NotNowError):
+            _logits(module, batch)
     return seen
 
 
@@ -314,12 +428,30 @@ def batches_of(rows: Sequence[IntArray], device: torch.device, tokens: int) -> l
     return [ids[start : start + step] for start in range(0, len(ids), step)]
 
 
-def logits_of(module: Any, ids: Tensor) -> Tensor:
-    """Run a module on `(batch, tokens)` ids in its own way, without a cache."""
+def logits_of(module: Any, ids: Tensor, inputs: Tensor | None = None) -> Tensor:
+    """Run a module in its own way, without a cache.
+
+    Args:
+        module: A transformers model or a module of one's own.
+        ids: `(batch, tokens)` int64.
+        inputs: What the encoder of an encoder-decoder reads before them.
+    """
     with own_attention():
-        result = module(input_ids=ids, use_cache=False) if is_transformers(module) else module(ids)
+        if is_transformers(module):
+            given = {"input_ids": ids}
+            if inputs is not None:
+                given = {module.main_input_name: inputs, "decoder_input_ids": ids}
+            result = module(**given, use_cache=False)
+        else:
+            result = module(ids) if inputs is None else module(ids, module.encode(inputs))
     found: Tensor = result[0] if isinstance(result, tuple) else getattr(result, "logits", result)
     return found
+
+
+def _logits(module: nn.Module, reading: Reading) -> Tensor:
+    # Not in inference mode, whose tensors do not tell when they are written into.
+    with torch.no_grad():
+        return reading.logits(module)
 
 
 def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -339,17 +471,19 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other)
 
 
-def _affordable(module: nn.Module, paths: Sequence[str]) -> Iterator[list[str]]:
-    """Cut paths into groups whose statistics fit into memory."""
+def _affordable(
+    module: nn.Module, paths: Sequence[str], together: Callable[[str], str]
+) -> Iterator[list[str]]:
+    """Cut paths into groups whose statistics fit into memory, or that belong together."""
     group: list[str] = []
     used = 0
-    for path in paths:
-        part: Any = module.get_submodule(path)
-        width = part.weight.shape[0] if not hasattr(part, "in_features") else part.in_features
-        if group and used + 4 * width**2 > _MOST_BYTES:
+    for _, several in itertools.groupby(paths, together):
+        added = list(several)
+        size = sum(4 * matrix_of(module.get_submodule(path)).shape[1] ** 2 for path in added)
+        if group and used + size > _MOST_BYTES:
             yield group
             group, used = [], 0
-        group.append(path)
-        used += 4 * width**2
+        group += added
+        used += size
     if group:
         yield group

@@ -115,12 +115,12 @@ def _scale(module: nn.Module, stage: Stage, step: Any, forms: Mapping[str, Any])
     """Scale inputs where the step wants to and a producer can take it; give the statistics after that."""
     found = dict(stage.statistics)
     choose = getattr(step, "scales", None)
-    if choose is None or stage.block is None or stage.run is None:
+    if choose is None or stage.run is None:
         return found
     for paths in stage.shared():
         readers: list[Any] = [module.get_submodule(path) for path in paths]
         statistics = stage.statistics[paths[0]]
-        producer = find_producer(stage.block, readers, stage.run)
+        producer = find_producer(stage.parts, readers, stage.run)
         if producer is None:
             continue
         scales = choose(

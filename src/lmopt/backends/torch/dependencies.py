@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmopt.backends.torch.calibration import find_stack
+from lmopt.backends.torch.calibration import find_stack, find_stacks
 from lmopt.backends.torch.dependency_probe import Probe
 from lmopt.errors import UnsupportedError
-from lmopt.types import IntArray
+from lmopt.types import IntArray, SourceFacts
 
 # Digits in which the number of an input is asked for: small enough for a bfloat16 to tell them apart.
 _BASE: Final = 16
@@ -43,39 +43,41 @@ class Pieces:
     count: int
 
 
-def find_channels(module: nn.Module, vocab_size: int) -> list[Pieces]:
+def find_channels(module: nn.Module, vocab_size: int, source: SourceFacts | None = None) -> list[Pieces]:
     """Find the intermediate channels of every MLP.
 
     Args:
         module: A transformers model or a module of one's own.
         vocab_size: Width of the logits.
+        source: What its encoder reads, `None` where it has none.
 
     Raises:
         UnsupportedError: A block has none that can be cut out; what mixes them is named.
         UnsupportedOptionError: The weights are quantized already.
     """
-    probe = Probe(module, vocab_size)
+    probe = Probe(module, vocab_size, source)
     inside = {path: feeds for path, feeds in probe.closed().items() if not any(feeds.values())}
     found = _channels(probe, {path: list(feeds) for path, feeds in inside.items()})
-    _require_every_block(module, found, inside, "channels of an MLP")
+    _require_every_block(_blocks(module, source), module, found, inside, "channels of an MLP")
     return found
 
 
-def find_heads(module: nn.Module, vocab_size: int) -> list[Pieces]:
+def find_heads(module: nn.Module, vocab_size: int, source: SourceFacts | None = None) -> list[Pieces]:
     """Find the groups of heads of every attention: a key-value head with its query heads.
 
     Args:
         module: As for `find_channels`.
         vocab_size: As for `find_channels`.
+        source: As for `find_channels`.
 
     Raises:
         UnsupportedError: As for `find_channels`.
         UnsupportedOptionError: As for `find_channels`.
     """
-    probe = Probe(module, vocab_size)
+    probe = Probe(module, vocab_size, source)
     across = {path: feeds for path, feeds in probe.closed().items() if any(feeds.values())}
     found = _heads(probe, {path: list(feeds) for path, feeds in across.items()})
-    _require_every_block(module, found, across, "separate groups of attention heads")
+    _require_every_block(_blocks(module, source), module, found, across, "separate groups of attention heads")
     return found
 
 
@@ -174,14 +176,21 @@ def _heads(probe: Probe, feeds: Mapping[str, list[str]]) -> list[Pieces]:
     return found
 
 
-def _require_every_block(module: nn.Module, found: list[Pieces], tried: Iterable[str], what: str) -> None:
+def _blocks(module: nn.Module, source: SourceFacts | None) -> list[str]:
+    """Name the blocks, of encoder and decoder where there are both; the whole model where there are none."""
+    longest = find_stack(module)
+    stacks = [longest] if longest is not None and source is None else find_stacks(module) if source else []
+    return [f"{path}.{number}." for path, parts in stacks for number in range(len(parts))] or [""]
+
+
+def _require_every_block(
+    blocks: Iterable[str], module: nn.Module, found: list[Pieces], tried: Iterable[str], what: str
+) -> None:
     """Refuse a model with a block in which nothing was found, naming what stands in the way.
 
     Raises:
         UnsupportedError: See above.
     """
-    stack = find_stack(module)
-    blocks = [f"{stack[0]}.{number}." for number in range(len(stack[1]))] if stack else [""]
     for block in blocks:
         if any(one.consumer.startswith(block) for one in found):
             continue

@@ -11,21 +11,32 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lmopt.backends.torch.attention import own_attention
+from lmopt.backends.torch.calibration import Reading
 from lmopt.backends.torch.compressing import shallow_copy
-from lmopt.backends.torch.language_model import device_of, is_transformers
+from lmopt.backends.torch.encoder_decoder import trial_inputs
+from lmopt.backends.torch.language_model import device_of
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.backends.torch.quantizing import find_weights, matrix_of
 from lmopt.errors import UnsupportedError, UnsupportedOptionError
+from lmopt.types import SourceFacts
 
 _ROWS: Final = 4
 _TOKENS: Final = 8
 
 
 class Probe:
-    """A model whose linears give noise instead of products."""
+    """A model whose linears give noise instead of products.
 
-    def __init__(self, module: nn.Module, vocab_size: int) -> None:
+    Args:
+        module: The model.
+        vocab_size: Width of its logits.
+        source: What its encoder reads, `None` where it has none.
+
+    Raises:
+        UnsupportedOptionError: Its weights are quantized.
+    """
+
+    def __init__(self, module: nn.Module, vocab_size: int, source: SourceFacts | None = None) -> None:
         if quantized_parts(module):
             raise UnsupportedOptionError(
                 f"{type(module).__name__} has quantized weights, whose rows and columns are packed; prune first and "
@@ -34,7 +45,8 @@ class Probe:
         self._twin: Any = shallow_copy(module).eval()
         self.device = device_of(module)
         generator = torch.Generator().manual_seed(0)
-        self._ids = torch.randint(0, vocab_size, (_ROWS, _TOKENS), generator=generator).to(self.device)
+        ids = torch.randint(0, vocab_size, (_ROWS, _TOKENS), generator=generator).to(self.device)
+        self._reading = Reading(ids, trial_inputs(module, source, _ROWS))
         self._generator = generator
         self.noise: dict[str, Tensor] = {}
         self._offsets: Mapping[str, Tensor] = {}
@@ -73,12 +85,7 @@ class Probe:
     def _run(self, offsets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the copy; give what each linear reads, in order, and the logits under an empty path."""
         self._offsets, self._seen = offsets, {}
-        with own_attention():
-            if is_transformers(self._twin):
-                logits = self._twin(input_ids=self._ids, use_cache=False).logits
-            else:
-                result = self._twin(self._ids)
-                logits = result[0] if isinstance(result, tuple) else result
+        logits = self._reading.logits(self._twin)
         return {**self._seen, "": logits}
 
     def draw(self, *shape: int) -> Tensor:

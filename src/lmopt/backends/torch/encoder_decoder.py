@@ -213,6 +213,15 @@ def sample_inputs(source: SourceFacts, batch: int, length: int, device: torch.de
     )
 
 
+def trial_inputs(module: nn.Module, source: SourceFacts | None, batch: int) -> Tensor | None:
+    """Make sources to try a module with, where it is and in its type; `None` for a module without an encoder."""
+    if source is None:
+        return None
+    length = source.length if source.fixed and source.length else _TRIAL
+    inputs = sample_inputs(source, batch, length, device_of(module))
+    return inputs.to(next(module.parameters()).dtype) if inputs.is_floating_point() else inputs
+
+
 def run_after_source(
     module: nn.Module, source: SourceFacts, ids: Tensor, inputs: Tensor | None = None
 ) -> Any:
@@ -226,10 +235,7 @@ def run_after_source(
     """
     model: Any = module
     if inputs is None:
-        length = source.length if source.fixed and source.length else _TRIAL
-        inputs = sample_inputs(source, len(ids), length, ids.device)
-    if source.kind == "features":
-        inputs = inputs.to(next(module.parameters()).dtype)
+        inputs = trial_inputs(module, source, len(ids))
     if is_transformers(module):
         return model(**{model.main_input_name: inputs}, decoder_input_ids=ids, use_cache=True)
     if not callable(getattr(module, "encode", None)):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lmopt.accelerators import require_cuda
 from lmopt.backends.torch.casting import forget_casts
-from lmopt.backends.torch.encoder_decoder import EncoderDecoder
+from lmopt.backends.torch.encoder_decoder import EncoderDecoder, trial_inputs
 from lmopt.backends.torch.export_program import read_program
 from lmopt.backends.torch.language_model import Decoder, as_decoder, dtype_name, stated_casts
 from lmopt.backends.torch.spec import BACKEND
@@ -303,12 +303,21 @@ class TorchEngine:
 
     def tap_names(self) -> list[str]:
         """Paths of the modules that give a tensor, in the order in which they finish."""
-        return list(
-            self.taps(np.zeros((1, 2), np.int64), [n for n, _ in self._open().module.named_modules() if n])
-        )
+        module = self._open().module
+        inputs = trial_inputs(module, self.facts.source, 1)
+        if inputs is not None and inputs.is_floating_point():
+            inputs = inputs.float()  # NumPy has no bfloat16
+        source = None if inputs is None else inputs.cpu().numpy()
+        names = [name for name, _ in module.named_modules() if name]
+        return list(self.taps(np.zeros((1, 2), np.int64), names, source))
 
-    def taps(self, input_ids: IntArray, names: Sequence[str]) -> dict[str, AnyArray]:
-        """Run ids from an empty state and keep the named modules' outputs."""
+    def taps(
+        self, input_ids: IntArray, names: Sequence[str], source: AnyArray | None = None
+    ) -> dict[str, AnyArray]:
+        """Run ids from an empty state, after a source where there is an encoder, and keep the named modules' outputs.
+
+        What a decoder computes of a source alone is kept of the reading of the source, all else of that of the ids.
+        """
         decoder = self._open()
         shown: dict[str, AnyArray] = {}
         modules = dict(decoder.module.named_modules())
@@ -317,7 +326,11 @@ class TorchEngine:
         hooks = [modules[name].register_forward_hook(_keep(shown, name)) for name in names]
         try:
             ids = np.asarray(input_ids, np.int64)
-            self.forward(ids, np.full(len(ids), ids.shape[1]), self.begin(len(ids)))
+            rows = len(ids)
+            before = (
+                self.begin(rows) if source is None else self.encode(source, np.full(rows, source.shape[-1]))
+            )
+            self.forward(ids, np.full(rows, ids.shape[1]), before)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -17,7 +17,16 @@ from lmopt.backends.torch.fused.edits import Edits
 from lmopt.backends.torch.fused.layout import drop_idle
 from lmopt.backends.torch.fused.operators import MICROSOFT
 from lmopt.backends.torch.fused.skips import join_skips
-from lmopt.backends.torch.graph import fold, name_boundary, name_encoder, tidy, translate
+from lmopt.backends.torch.graph import (
+    find_taps,
+    fold,
+    module_paths,
+    name_boundary,
+    name_encoder,
+    shown_taps,
+    tidy,
+    translate,
+)
 from lmopt.backends.torch.half_scales import store_halves
 from lmopt.backends.torch.language_model import dtype_name
 from lmopt.backends.torch.lowering import Dialect, tracing_for
@@ -69,6 +78,8 @@ def export_both(
     microsoft, rewritten = False, 0
     operators: set[str] = set()
     files: list[str] = []
+    shown: dict[str, list[list[str]]] = {}
+    decoding: set[str] = set()
     for file in (ENCODER, DECODER):
         with contextlib.ExitStack() as stack:
             stack.enter_context(tracing_for(target))
@@ -78,6 +89,9 @@ def export_both(
             program, arguments = trace(decoder, may_fix=True)
             model = translate(program, arguments, opset, name)
         del program
+        taps = find_taps(model)
+        if file == DECODER:
+            decoding = {path for node in model.graph for path in module_paths(node)}
         if target == "portable":
             finish_portable(model, opset)
         if target == "onnxruntime":
@@ -85,7 +99,7 @@ def export_both(
         fold(model)
         if target == "onnxruntime":
             RemoveUnusedNodesPass()(model)
-            edits = Edits(model, {})
+            edits = Edits(model, taps)
             drop_idle(edits)
             if file == DECODER:
                 append_inside(edits)
@@ -104,6 +118,7 @@ def export_both(
             model.opset_imports[MICROSOFT], microsoft = 1, True
         refuse_recurrent_halves(request.module, model)
         store_halves(model)
+        shown[file] = shown_taps(model, taps)
         data = f"{file}.data"
         ir.save(model, request.folder / file, external_data=data, size_threshold_bytes=1024)
         files += [one for one in (file, data) if (request.folder / one).exists()]
@@ -122,7 +137,9 @@ def export_both(
         "operators": sorted(operators),
         "opset": opset,
         "target": target,
-        "taps": [],
+        "taps": shown[DECODER],
+        # Of a decoder's parts the encoder's graph has some, and all of those parts that the other graph lacks.
+        "encoder_taps": [one for one in shown[ENCODER] if one[0] not in decoding],
         **({"fallback": reason} if reason else {}),
         **({"accuracy_level": accuracy_level} if accuracy_level is not None and microsoft else {}),
         **({"products": products, "quantized_products": rewritten} if rewritten else {}),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -27,6 +27,9 @@ from lmopt.signature import (
     source_name,
 )
 from lmopt.types import BATCH, PAST, SEQUENCE, SOURCE, TOTAL, SourceFacts, TensorSpec
+
+# The wrappers that are traced call the module itself so.
+_WRAPPERS: Final = ("module.", "decoder.module.")
 
 
 def name_boundary(model: ir.Model, signature: Signature, more_inputs: Sequence[TensorSpec] = ()) -> None:
@@ -187,10 +190,10 @@ def find_taps(model: ir.Model) -> dict[str, ir.Value]:
     That is the last value of the module's own that an operator outside of it reads; a state that
     only leaves the graph does not count.
     """
-    inside = {id(node): set(_module_paths(node)) for node in model.graph}
+    inside = {id(node): set(module_paths(node)) for node in model.graph}
     found: dict[str, ir.Value] = {}
     for node in model.graph:
-        for path in _module_paths(node):
+        for path in module_paths(node):
             for value in node.outputs:
                 readers = [inside.get(id(use.node), set()) for use in value.uses()]
                 if value is model.graph.outputs[0] or any(path not in reader for reader in readers):
@@ -205,9 +208,9 @@ def shown_taps(model: ir.Model, taps: dict[str, ir.Value]) -> list[list[str]]:
     return [[path, value.name or ""] for path, value in taps.items() if id(value) in produced]
 
 
-def _module_paths(node: ir.Node) -> list[str]:
+def module_paths(node: ir.Node) -> list[str]:
     """Read the paths of the modules that a node stands in out of torch's note on it."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     found = [scope.strip(" '\"") for scope in scopes.strip("[]").split(",")][:-1]
-    # The wrapper that is traced calls the module itself `module`.
-    return [scope.removeprefix("module.") for scope in found if scope.startswith("module.")]
+    inside = [scope.removeprefix("decoder.") for scope in found if scope.startswith(_WRAPPERS)]
+    return [scope.removeprefix("module.") for scope in inside]

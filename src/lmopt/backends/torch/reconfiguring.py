@@ -42,12 +42,12 @@ def reconfigure(
     Returns:
         `None`, or why no candidate fits.
     """
-    text = small.config.get_text_config(decoder=True)
+    text = text_config(small.config)
     before = _built(small, copy.deepcopy(small.config))
     reason = "its configuration has no field for it"
     for changes in candidates:
         trial = copy.deepcopy(small.config)
-        changed = trial.get_text_config(decoder=True)
+        changed = text_config(trial)
         for field, value in changes.items():
             setattr(changed, field, value)
         try:
@@ -72,11 +72,19 @@ def reconfigure(
     return reason
 
 
+def text_config(config: Any) -> Any:
+    """Give the part of a configuration that tells of the text model; of an encoder-decoder, all of it."""
+    # Of these transformers gives a copy with one half, which changes nothing.
+    both = getattr(config, "is_encoder_decoder", False)
+    return config if both else config.get_text_config(decoder=True)
+
+
 def width_fields(config: Any, old: int, new: int) -> Iterator[dict[str, Any]]:
-    """Propose fields that may hold the width of the MLPs: those of its value, then those that are unset."""
-    text = config.get_text_config(decoder=True)
-    values = text.to_dict()
-    yield from ({name: new} for name, value in values.items() if type(value) is int and value == old)
+    """Propose fields that may hold the width of the MLPs: of its value, one or all of such names, then unset ones."""
+    values = text_config(config).to_dict()
+    equal = [name for name, value in values.items() if type(value) is int and value == old]
+    yield from ({name: new} for name in equal)
+    yield {name: new for name in equal if _WIDTH_NAMES.search(name)}
     yield from ({name: new} for name, value in values.items() if value is None and _WIDTH_NAMES.search(name))
 
 

@@ -5,34 +5,37 @@ from typing import Final
 import torch
 from torch import nn
 
-from lmopt.backends.torch.calibration import logits_of
+from lmopt.backends.torch.calibration import Reading
+from lmopt.backends.torch.encoder_decoder import trial_inputs
 from lmopt.backends.torch.language_model import as_decoder, device_of
 from lmopt.errors import LmoptError, UnsupportedError
+from lmopt.types import SourceFacts
 
 # Share of the largest logit that the order of operations explains in a deep model.
 _ROUNDING: Final = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
-def require_same(small: nn.Module, expected: nn.Module, work: str) -> None:
+def require_same(small: nn.Module, expected: nn.Module, work: str, source: SourceFacts | None = None) -> None:
     """Refuse a changed copy that does not compute what it should.
 
     Args:
         small: The copy.
         expected: A model that computes what the copy should.
         work: What was done, for the message.
+        source: What their encoders read, `None` where they have none.
 
     Raises:
         UnsupportedError: It cannot be run, or its logits differ.
     """
     name = type(small).__name__
     # Ids to compare the two on.
-    sample = torch.arange(16, device=device_of(small)).reshape(2, 8)
+    sample = Reading(torch.arange(16, device=device_of(small)).reshape(2, 8), trial_inputs(small, source, 2))
     with torch.no_grad():
-        theirs = logits_of(expected, sample)
+        theirs = sample.logits(expected)
     try:
         with torch.no_grad():
-            ours = logits_of(small, sample)
-        as_decoder(small)
+            ours = sample.logits(small)
+        as_decoder(small, source)
     except Exception as error:
         reason = str(error) if isinstance(error, LmoptError) else f"{type(error).__name__}: {error}"
         raise UnsupportedError(

@@ -1,8 +1,9 @@
 """Divide what linears read by scales, in what comes before them, without changing the model.
 
 What comes before is found by trial: a norm or a linear is a producer of an input if dividing it and
-multiplying the readers leaves the block's result as it was. That covers norms with a weight `w` or `1 + w`, the
-linear branch of a gated MLP, values of attention, grouped or not, and leaves alone what does not fit.
+multiplying the readers leaves the result as it was: of the block, or of the model where several blocks read. That
+covers norms with a weight `w` or `1 + w`, the linear branch of a gated MLP, values of attention, grouped or not, and
+leaves alone what does not fit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,14 +72,14 @@ def multiply(parts: Sequence[Any], scales: Tensor) -> None:
 
 
 def find_producer(
-    block: nn.Module, readers: Sequence[nn.Module], run: Callable[[], Tensor]
+    parts: Sequence[nn.Module], readers: Sequence[nn.Module], run: Callable[[], Tensor]
 ) -> Producer | None:
-    """Find what in a block can take the scales of some linears.
+    """Find the part that can take the scales of some linears.
 
     Args:
-        block: The block; it is as it was afterwards.
+        parts: Where to look, such as all parts of a block; they are as they were afterwards.
         readers: Linears that read one tensor.
-        run: Runs the block on some text.
+        run: Runs the block, or the model, on some text.
 
     Returns:
         The producer, or `None` where none can.
@@ -91,7 +92,7 @@ def find_producer(
         with _restored(readers):
             multiply(readers, trial)
             undivided = (run() - expected).norm(dim=-1).flatten()
-        for producer in _candidates(block, readers):
+        for producer in _candidates(parts, readers):
             own = producer.own(trial)
             with _restored([producer.module, *readers]):
                 producer.divide(own.to(producer.module.weight.dtype))
@@ -102,12 +103,12 @@ def find_producer(
     return None
 
 
-def _candidates(block: nn.Module, readers: Sequence[nn.Module]) -> Iterator[Producer]:
-    """List parts of a block whose size fits, the most likely first."""
+def _candidates(parts: Sequence[nn.Module], readers: Sequence[nn.Module]) -> Iterator[Producer]:
+    """List parts whose size fits."""
     width = matrix_of(readers[0]).shape[1]
-    said = (getattr(one, "head_dim", None) for one in block.modules())
+    said = (getattr(one, "head_dim", None) for one in parts)
     head_dims = {one for one in said if isinstance(one, int)}
-    for part in block.modules():
+    for part in parts:
         weight = getattr(part, "weight", None)
         if not isinstance(weight, Tensor) or part in readers:
             continue

@@ -10,15 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lmopt.backends.torch.calibration import gathering, logits_of, shared
+from lmopt.backends.torch.calibration import Reading, find_stacks, gathering
 from lmopt.backends.torch.compressing import by_matrix
-from lmopt.backends.torch.language_model import device_of
 from lmopt.backends.torch.quantizing import find_weights, matrix_of, values_of
 from lmopt.compression.mixed import Candidate, Mixed, choose_widths
 from lmopt.compression.statistics import Statistics
 from lmopt.compression.step import Setting
 from lmopt.errors import InputError
-from lmopt.types import IntArray
 
 # Tokens of a piece: logits and their gradients are held for so many at once.
 _PIECE: Final = 256
@@ -74,7 +72,7 @@ def predicted(module: nn.Module, step: Mixed, setting: Setting) -> list[Candidat
     ]
     read, sent = _curvature(module, free, setting, step.tokens)
     candidates = []
-    groups = shared({path: read[path] for path in free if path in read})
+    groups = _groups(module, {path: read[path] for path in free if path in read})
     for paths in groups:
         candidates.append(_candidate(module, paths, step, read, sent))
         setting.progress("try widths", len(candidates), len(groups))
@@ -88,54 +86,62 @@ def _curvature(
     sent: dict[str, Tensor] = {}
     tokens = 0
     generator = torch.Generator().manual_seed(0)
-    device = device_of(module)
 
     def watch(path: str) -> Any:
-        def hook(part: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        def hook(part: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
             def add(gradient: Tensor) -> None:
                 squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
                 sent[path] = sent[path] + squares if path in sent else squares
 
+            if not result.requires_grad:
+                # Gradients end here. A copy, since the model may write into what it is given.
+                result = result.requires_grad_().clone()
             result.register_hook(add)
+            return result
 
         return hook
 
     with gathering(module, paths) as gathered, ExitStack() as hooks:
-        hooks.enter_context(_only_activations(module, setting.vocab_size))
+        hooks.enter_context(_only_activations(module))
         for path in paths:
             hooks.callback(module.get_submodule(path).register_forward_hook(watch(path)).remove)
-        pieces = _pieces(setting, most)
-        for number, ids in enumerate(pieces):
-            row = torch.from_numpy(np.ascontiguousarray(ids, np.int64))[None].to(device)
+        pieces = _pieces(module, setting, most)
+        for number, piece in enumerate(pieces):
             with torch.enable_grad():
-                logits = logits_of(module, row)[0].float()
+                logits = piece.logits(module)[0].float()
                 drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
                 # Any: torch's own annotations leave `backward` out.
-                loss: Any = nn.functional.cross_entropy(logits, drawn[:, 0].to(device), reduction="sum")
+                loss: Any = nn.functional.cross_entropy(
+                    logits, drawn[:, 0].to(logits.device), reduction="sum"
+                )
                 loss.backward()
-            tokens += len(ids)
+            tokens += len(drawn)
             setting.progress("sensitivities", number + 1, len(pieces))
         read = gathered()
     return read, {path: (squares / tokens).cpu().numpy() for path, squares in sent.items()}
 
 
 @contextmanager
-def _only_activations(module: nn.Module, vocab_size: int) -> Iterator[None]:
-    """Let gradients flow from the embedding on, and to no weight: those of weights would double the memory."""
+def _only_activations(module: nn.Module) -> Iterator[None]:
+    """Let gradients flow to no weight: those of weights would double the memory."""
     wanted = [(one, one.requires_grad) for one in module.parameters()]
-    parts = [
-        one for one in module.modules() if isinstance(one, nn.Embedding) and one.num_embeddings >= vocab_size
-    ]
-    hooks = [part.register_forward_hook(lambda part, args, result: result.requires_grad_()) for part in parts]
     for one, _ in wanted:
         one.requires_grad_(False)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for one, before in wanted:
             one.requires_grad_(before)
+
+
+def _groups(module: nn.Module, read: dict[str, Statistics]) -> list[list[str]]:
+    """Group the linears of each block by what they read; what an encoder gives is read in every block of a decoder."""
+    blocks = [f"{path}.{number}." for path, parts in find_stacks(module) for number in range(len(parts))]
+    groups: dict[tuple[int, str], list[str]] = {}
+    for path, one in read.items():
+        home = next((block for block in blocks if path.startswith(block)), "")
+        groups.setdefault((id(one), home), []).append(path)
+    return list(groups.values())
 
 
 def _candidate(
@@ -164,8 +170,17 @@ def _candidate(
     return Candidate(tuple(paths), tuple(costs.tolist()), tuple(sizes.tolist()))
 
 
-def _pieces(setting: Setting, most: int) -> list[IntArray]:
-    """Cut so many tokens of the texts into pieces."""
+def _pieces(module: nn.Module, setting: Setting, most: int) -> list[Reading]:
+    """Cut so many tokens of the texts into pieces; texts after sources stay whole."""
+    if len(setting.sources):
+        found: list[Reading] = []
+        tokens = 0
+        for row, source in zip(setting.rows, setting.sources, strict=True):
+            if found and tokens + len(row) > most:
+                break
+            found.append(Reading.of(module, row, source))
+            tokens += len(row)
+        return found
     pieces = [row[start : start + _PIECE] for row in setting.rows for start in range(0, len(row), _PIECE)]
     kept = max(1, most // max(map(len, pieces)))
-    return pieces[:kept]
+    return [Reading.of(module, piece) for piece in pieces[:kept]]

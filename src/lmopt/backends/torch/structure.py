@@ -12,7 +12,7 @@ from lmopt.backends.torch.compressing import own, relative_error, shallow_copy
 from lmopt.backends.torch.dependencies import Pieces, find_channels, find_heads
 from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.quantizing import matrix_of, set_matrix, values_of
-from lmopt.backends.torch.reconfiguring import reconfigure, width_fields
+from lmopt.backends.torch.reconfiguring import reconfigure, text_config, width_fields
 from lmopt.backends.torch.resizing import cut, stated_widths, tell_structure
 from lmopt.backends.torch.sameness import require_same
 from lmopt.compression.channels import PruneChannels
@@ -42,7 +42,7 @@ def prune_channels(module: nn.Module, step: PruneChannels, setting: Setting) -> 
         UnsupportedOptionError: The share does not fit, or layers of unequal width were to be made equal.
         InputError: A weight or an activation is not finite, or there are no calibration rows.
     """
-    found = find_channels(module, setting.vocab_size)
+    found = find_channels(module, setting.vocab_size, setting.source)
     widths = {one.count for one in found}
     if step.uniform and len(widths) > 1:
         raise UnsupportedError(
@@ -65,7 +65,7 @@ def prune_channels(module: nn.Module, step: PruneChannels, setting: Setting) -> 
                 f"{type(module).__name__} cannot be narrowed alike: {reason}. With PruneChannels(uniform=False) lmopt "
                 "keeps the widths itself"
             )
-    return _finished(module, small, masked)
+    return _finished(module, small, masked, setting)
 
 
 def prune_heads(module: nn.Module, step: PruneHeads, setting: Setting) -> nn.Module:
@@ -84,11 +84,17 @@ def prune_heads(module: nn.Module, step: PruneHeads, setting: Setting) -> nn.Mod
         UnsupportedOptionError: The share does not fit.
         InputError: A weight or an activation is not finite, or there are no calibration rows.
     """
-    found = find_heads(module, setting.vocab_size)
+    if setting.source is not None and is_transformers(module):
+        raise UnsupportedError(
+            f"{type(module).__name__} is an encoder-decoder of transformers: it computes the width of a head from its "
+            "number of heads, or keeps a table with a column for each, so no configuration says that heads are gone. "
+            "PruneChannels, Wanda, SparseGPT and quantizers take this model"
+        )
+    found = find_heads(module, setting.vocab_size, setting.source)
     masked, kept = _masked(module, found, step, setting, together=False)
     small, touched = _cut(masked, found, kept)
     if is_transformers(module):
-        text = small.config.get_text_config(decoder=True)
+        text = text_config(small.config)
         heads, groups, left = text.num_attention_heads, found[0].count, len(kept[found[0].consumer])
         size = len(found[0].columns) // heads
         changes = {"num_attention_heads": heads * left // groups, "head_dim": size}
@@ -103,7 +109,7 @@ def prune_heads(module: nn.Module, step: PruneHeads, setting: Setting) -> nn.Mod
             )
     else:
         tell_structure(small, widths=_sizes(small, touched))
-    return _finished(module, small, masked)
+    return _finished(module, small, masked, setting)
 
 
 def _masked(
@@ -205,9 +211,9 @@ def _cut_per_head(small: nn.Module, one: Pieces, kept: IntArray, heads: int, siz
             setattr(parent, name, nn.Parameter(weight.detach()[index], weight.requires_grad))
 
 
-def _finished(module: nn.Module, small: nn.Module, masked: nn.Module) -> nn.Module:
+def _finished(module: nn.Module, small: nn.Module, masked: nn.Module, setting: Setting) -> nn.Module:
     """Hold the cut copy against the masked one, then give it weights of its own."""
-    require_same(small.eval(), masked, "cutting")
+    require_same(small.eval(), masked, "cutting", setting.source)
     own(small, module)
     return small
 
