@@ -12,6 +12,19 @@ from typing import Any, NoReturn
 import pytest
 
 ASSETS = Path(os.environ.get("LMOPT_TEST_ASSETS") or Path.home() / ".cache" / "lmopt-test-assets")
+_TAKE_MINUTES = {
+    "test_builtin_backends.py",
+    "test_checks.py",
+    "test_end_to_end.py",
+    "test_examples.py",
+    "test_export_encoder_decoder.py",
+    "test_notebooks.py",
+    "test_pages.py",
+    "test_parallel.py",
+    "test_smollm2.py",
+    "test_tasks.py",
+    "test_tensor_parallel.py",
+}
 FETCH = f"{sys.executable} scripts/fetch_test_assets.py"
 
 
@@ -31,11 +44,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "network: may open connections beyond this machine")
+    # Files in the order of the tests, not of how many each has: see `pytest_collection_modifyitems`.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
     # Read by OpenMP when torch or numpy is first imported: never more threads than this process may use.
     os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
     # Threads that spin while they wait take the cores from the other workers, whose work they wait for: a tiny LSTM
     # then takes a hundred times its time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
+    """Begin with the files that take minutes, so that in the end no worker is left alone with one."""
+    yield  # pytest-randomly has shuffled them by then
+    items.sort(key=lambda item: item.path.name not in _TAKE_MINUTES)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 import lmopt
 from lmopt.artifact import Artifact, publish
-from lmopt.compression import AWQ
+from lmopt.compression import DropBlocks
 from lmopt.errors import (
     ArtifactError,
     ArtifactExistsError,
@@ -440,8 +440,8 @@ def test_a_module_of_ones_own_needs_an_encoder() -> None:
 
 def test_what_does_not_take_encoder_decoders_yet_says_so() -> None:
     model = Model.from_module(tiny_t5())
-    with pytest.raises(UnsupportedError, match="step 'awq' does not take encoder-decoders"):
-        lmopt.Compressor([AWQ(bits=8)]).compress(model)
+    with pytest.raises(UnsupportedError, match="step 'drop_blocks' does not take encoder-decoders"):
+        lmopt.Compressor([DropBlocks(share=0.5)]).compress(model)
     with pytest.raises(UnsupportedError, match="trains models without an encoder so far"):
         lmopt.train(model, ["a text"])
     with pytest.raises(UnsupportedError, match="begin with a source"), lmopt.Runtime(model) as rt:
