@@ -11,16 +11,14 @@ from typing import Final
 import numpy as np
 
 from lmopt.contracts import Engine
-from lmopt.generation.candidates import Candidates, best_of_logits, best_of_scores
 from lmopt.generation.cohorts import for_unequal_rows
 from lmopt.generation.config import GenerationConfig
 from lmopt.generation.fusion import Companion, Fusion
 from lmopt.generation.history import History
 from lmopt.generation.interruption import Interruption
-from lmopt.generation.processors import only_banned
 from lmopt.generation.results import FinishReason, Generation
 from lmopt.generation.rows import Row
-from lmopt.generation.sampling import log_probabilities
+from lmopt.generation.sampling import check_best, largest, log_probabilities
 from lmopt.generation.sources import begin
 from lmopt.generation.stopping import Detokenizer
 from lmopt.types import FloatArray, IntArray
@@ -67,24 +65,25 @@ class _Search:
         """What each running beam has seen."""
         return [History(line, self.length, self.row.history.prompt_length) for line in self.tokens]
 
-    @property
-    def wanted(self) -> int:
-        """How many continuations `step` is to choose from: enough for all beams to go on, whatever ends."""
-        return max(2, 1 + len(self._config.eos_ids)) * self._config.num_beams
-
-    def step(self, best: Candidates) -> IntArray:
-        """Choose the beams that go on.
+    def step(self, scores: FloatArray, logprobs: FloatArray) -> IntArray:
+        """Read the scores of all continuations and choose the beams that go on.
 
         Args:
-            best: The best `wanted` continuations.
+            scores: `(beams, vocab_size)` log-probabilities after the processors.
+            logprobs: The same before them.
 
         Returns:
             `(beams,)` int64, the beam that each new beam continues.
         """
-        beams, parents, best_scores = self._config.num_beams, best.parents, best.scores
+        beams, vocab_size = scores.shape
+        count = max(2, 1 + len(self._config.eos_ids)) * beams
+        total = (scores + self.scores[:, None]).ravel()
+        check_best(float(total.max()))
+        best = largest(total, count)
+        parents, ids, best_scores = best // vocab_size, best % vocab_size, total[best]
         tokens, token_logprobs = self.tokens[parents], self.logprobs[parents]
-        tokens[:, self.length] = best.ids
-        token_logprobs[:, self.length] = best.logprobs
+        tokens[:, self.length] = ids
+        token_logprobs[:, self.length] = logprobs[parents, ids]
         self.length += 1
         reasons = [self._reason(line) for line in tokens]
         hits = np.array([reason is not None for reason in reasons])
@@ -217,24 +216,21 @@ def beam_search(
     repeats = np.repeat(np.arange(len(active)), beams)
     logits, state = logits[repeats], engine.select(state, repeats)
     while True:
-        lines = logits[:, -1]
+        logprobs = log_probabilities(logits[:, -1])
         parents = []
         for number, search in enumerate(active):
             mine = slice(number * beams, (number + 1) * beams)
-            best = None
-            if companion is None:
-                banned = [only_banned(processors, one) for one in search.histories()]
-                if not any(one is None for one in banned):
-                    known = [one for one in banned if one is not None]
-                    best = best_of_logits(lines[mine], search.scores, search.wanted, known)
-            if best is None:
-                part = log_probabilities(lines[mine])
-                scores = companion.add(part, mine) if companion is not None else part.copy()
+            part = logprobs[mine]
+            scores = part
+            if companion is not None:
+                scores = companion.add(part, mine)
+            elif processors:
+                scores = part.copy()
+            if processors:
                 for line, history in zip(scores, search.histories(), strict=True):
                     for processor in processors:
                         processor(line, history)
-                best = best_of_scores(scores, part, search.scores, search.wanted)
-            parents.append(number * beams + search.step(best))
+            parents.append(number * beams + search.step(scores, part))
         interruption.mark(search.row for search in active if not search.done)
         kept = [n for n, one in enumerate(active) if not one.done and one.row.finish_reason is None]
         if not kept:

@@ -8,7 +8,7 @@ scores in place. What narrows the choice further when sampling (temperature, top
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -27,21 +27,6 @@ class Processor(Protocol):
         ...
 
 
-class Ban:
-    """A processor that bans tokens, and does nothing else."""
-
-    def banned(self, history: History) -> IntArray:
-        """Give the ids, int64, that a row may not go on with, in any order and maybe more than once."""
-        raise NotImplementedError
-
-    def __call__(self, scores: FloatArray, history: History) -> None:
-        """Ban them."""
-        scores[self.banned(history)] = -np.inf
-
-
-_NONE: Final = np.zeros(0, np.int64)
-
-
 @dataclass(frozen=True)
 class RepetitionPenalty:
     """Divide positive and multiply negative scores of tokens already seen (arXiv:1909.05858)."""
@@ -58,52 +43,48 @@ class RepetitionPenalty:
 
 
 @dataclass(frozen=True)
-class NoRepeatNgram(Ban):
+class NoRepeatNgram:
     """Ban every token that would complete an n-gram a second time."""
 
     size: int
 
-    def banned(self, history: History) -> IntArray:
-        """Give the last token of each window that begins as the row ends."""
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Ban the last token of each window that begins as the row ends."""
         seen = history.seen
         if seen.size < self.size:
-            return _NONE
+            return
         windows = sliding_window_view(seen, self.size)
         begun = seen[seen.size + 1 - self.size :]
         matches = (windows[:, :-1] == begun).all(axis=1)
-        last: IntArray = windows[matches, -1]
-        return last
+        scores[windows[matches, -1]] = -np.inf
 
 
 @dataclass(frozen=True)
-class BadWords(Ban):
+class BadWords:
     """Ban the last token of each sequence whose beginning has just been seen."""
 
     words: tuple[tuple[int, ...], ...]
 
-    def banned(self, history: History) -> IntArray:
-        """Give the last tokens of the words that are complete but for these."""
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Ban the words that are complete but for one token."""
         seen = history.seen
-        found = [
-            last
-            for *prefix, last in self.words
-            if not prefix or (len(prefix) <= seen.size and (seen[seen.size - len(prefix) :] == prefix).all())
-        ]
-        return np.array(found, np.int64)
+        for *prefix, last in self.words:
+            if not prefix or (len(prefix) <= seen.size and (seen[seen.size - len(prefix) :] == prefix).all()):
+                scores[last] = -np.inf
 
 
 @dataclass(frozen=True)
-class MinLength(Ban):
+class MinLength:
     """Ban end-of-sequence ids until so many tokens are there."""
 
     tokens: int
     new_only: bool
     eos: IntArray
 
-    def banned(self, history: History) -> IntArray:
-        """Give the ids while the row is too short."""
-        short = history.length - (history.prompt_length if self.new_only else 0) < self.tokens
-        return self.eos if short else _NONE
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Ban the ids while the row is too short."""
+        if history.length - (history.prompt_length if self.new_only else 0) < self.tokens:
+            scores[self.eos] = -np.inf
 
 
 @dataclass(frozen=True)
@@ -112,13 +93,9 @@ class ForcedFirst:
 
     token: int
 
-    def due(self, history: History) -> bool:
-        """Whether it is due."""
-        return history.length == 1
-
     def __call__(self, scores: FloatArray, history: History) -> None:
         """Force the token if it is due."""
-        if self.due(history):
+        if history.length == 1:
             _force(scores, self.token)
 
 
@@ -128,38 +105,35 @@ class ForcedLast:
 
     token: int
 
-    def due(self, history: History) -> bool:
-        """Whether it is due."""
-        return history.length == history.max_length - 1
-
     def __call__(self, scores: FloatArray, history: History) -> None:
         """Force the token if it is due."""
-        if self.due(history):
+        if history.length == history.max_length - 1:
             _force(scores, self.token)
 
 
 @dataclass(frozen=True)
-class Suppress(Ban):
+class Suppress:
     """Ban tokens."""
 
     tokens: IntArray
 
-    def banned(self, history: History) -> IntArray:
-        """Give the tokens."""
-        return self.tokens
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Ban the tokens."""
+        scores[self.tokens] = -np.inf
 
 
 @dataclass(frozen=True)
-class SuppressFirst(Ban):
+class SuppressFirst:
     """Ban tokens as first new token, or as second where the first one is forced."""
 
     tokens: IntArray
     first_is_forced: bool
 
-    def banned(self, history: History) -> IntArray:
-        """Give the tokens if the first new one is due."""
+    def __call__(self, scores: FloatArray, history: History) -> None:
+        """Ban the tokens if the first new one is due."""
         forced = self.first_is_forced and history.prompt_length == 1
-        return self.tokens if history.length == history.prompt_length + forced else _NONE
+        if history.length == history.prompt_length + forced:
+            scores[self.tokens] = -np.inf
 
 
 @dataclass(frozen=True)
@@ -204,22 +178,6 @@ class Renormalize:
         """Normalise."""
         scores -= scores.max()
         scores -= np.log(np.exp(scores).sum())
-
-
-def only_banned(processors: Iterable[Processor], history: History) -> IntArray | None:
-    """Give the ids that processors ban if that is all they do to a row that has seen so much; `None` if it is not.
-
-    Args:
-        processors: In their order, which does not matter to bans.
-        history: What the row has seen.
-    """
-    banned = [_NONE]
-    for one in processors:
-        if isinstance(one, Ban):
-            banned.append(one.banned(history))
-        elif not isinstance(one, ForcedFirst | ForcedLast) or one.due(history):
-            return None
-    return np.concatenate(banned)
 
 
 def build_processors(config: GenerationConfig, vocab_size: int) -> tuple[Processor, ...]:

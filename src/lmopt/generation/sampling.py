@@ -119,17 +119,9 @@ def draw(choice: Choice, uniform: float) -> int:
     return index if choice.ids is None else int(choice.ids[index])
 
 
-def log_normalizer(
-    scores: FloatArray, out: FloatArray | None = None, best: np.float32 | None = None
-) -> float:
-    """Log of the sum of exponentials of `(vocab_size,)` scores.
-
-    Args:
-        scores: The scores.
-        out: Memory to work in.
-        best: Their largest, where it is known.
-    """
-    best = scores.max() if best is None else best
+def log_normalizer(scores: FloatArray, out: FloatArray | None = None) -> float:
+    """Log of the sum of exponentials of `(vocab_size,)` scores; `out` is memory to work in."""
+    best = scores.max()
     return float(best) + math.log(float(_weights(scores, best, out).sum()))
 
 

@@ -36,6 +36,20 @@ def test_spinning_is_what_the_session_is_told(opened, dialect):
         assert told == str(int(spinning))
 
 
+def test_the_two_graphs_of_an_encoder_decoder_do_not_spin_unless_told_to(opened):
+    def told(graph):
+        options = graph.session().get_session_options()
+        return options.get_session_config_entry("session.intra_op.allow_spinning")
+
+    assert told(opened("portable")._graph) == "1"
+    with Workshop() as workshop:
+        for options, expected in (({}, "0"), ({"spinning": True}, "1")):
+            case = workshop.case("onnxruntime", "t5", "onnx", "cpu", "float32")()
+            engine = case.open(options=options)
+            assert told(engine.inner._graph) == expected
+            engine.close()
+
+
 def test_a_state_that_is_rewound_owns_its_memory():
     """What a value of ONNX Runtime shows as an array does not keep alive the array that the value was made from."""
     with Workshop() as workshop:

@@ -15,8 +15,9 @@ from lmopt.platform import usable_cpus
 def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngine:
     """Open the `onnx` format of an artefact; see `lmopt.contracts.EngineFactory`.
 
-    Options: `spinning` (default `True`) lets threads that wait keep their CPU busy for a moment: a fifth faster in
-    4-bit decoding, and a CPU that is not there for others; `deterministic` (default `False`) makes results
+    Options: `spinning` (default `True`, for encoder-decoders `False`) lets threads that wait keep their CPU busy for a
+    moment: a fifth faster in 4-bit decoding, and a CPU that is not there for others, such as the threads of an
+    encoder's other graph; `deterministic` (default `False`) makes results
     independent of how tokens are split over calls, see `SharedCacheEngine`; `kv_cache_dtype` (default `"auto"`)
     `"int8"` refuses a graph whose keys and values are not in 8 bits: that is chosen at export. On a GPU, `provider`
     (default `"auto"`: CUDA) may be `"tensorrt"`, and `allow_tf32` (default `False`) lets float32 products be rounded.
@@ -24,8 +25,15 @@ def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngin
     in bfloat16.
     """
     BACKEND.require(device=request.device, dtype=request.dtype)
+    if request.artifact is None:
+        raise ArtifactNotFoundError(
+            "backend 'onnxruntime' runs exported artefacts; export the model first with "
+            "lmopt.Exporter('onnx').export(model, folder), or give the model to lmopt.Runtime, which does it"
+        )
+    record = request.artifact.manifest["formats"]["onnx"]
     options = dict(request.options)
-    spinning = _flag(options, "spinning", default=True)
+    # Threads of one graph that spin are in the way of the other's, and of what beams cost beside both.
+    spinning = _flag(options, "spinning", default="encoder" not in record)
     deterministic = _flag(options, "deterministic", default=False)
     widen = _flag(options, "widen", default=False)
     kv_cache_dtype = options.pop("kv_cache_dtype", "auto")
@@ -38,14 +46,8 @@ def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngin
         )
     if kv_cache_dtype not in ("auto", "int8"):
         raise UnsupportedOptionError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected 'auto' or 'int8'")
-    if request.artifact is None:
-        raise ArtifactNotFoundError(
-            "backend 'onnxruntime' runs exported artefacts; export the model first with "
-            "lmopt.Exporter('onnx').export(model, folder), or give the model to lmopt.Runtime, which does it"
-        )
     if request.threads is not None and request.threads < 1:
         raise UnsupportedOptionError(f"threads is {request.threads}; expected at least 1")
-    record = request.artifact.manifest["formats"]["onnx"]
     target = record.get("target", "portable")
     own = target == "onnxruntime"
     shared = own and "encoder" not in record
