@@ -31,9 +31,10 @@ def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngin
             "lmopt.Exporter('onnx').export(model, folder), or give the model to lmopt.Runtime, which does it"
         )
     record = request.artifact.manifest["formats"]["onnx"]
+    has_encoder = "encoder" in record
     options = dict(request.options)
     # Threads of one graph that spin are in the way of the other's, and of what beams cost beside both.
-    spinning = _flag(options, "spinning", default="encoder" not in record)
+    spinning = _flag(options, "spinning", default=not has_encoder)
     deterministic = _flag(options, "deterministic", default=False)
     widen = _flag(options, "widen", default=False)
     kv_cache_dtype = options.pop("kv_cache_dtype", "auto")
@@ -50,7 +51,7 @@ def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngin
         raise UnsupportedOptionError(f"threads is {request.threads}; expected at least 1")
     target = record.get("target", "portable")
     own = target == "onnxruntime"
-    shared = own and "encoder" not in record
+    shared = own and not has_encoder
     if own and request.device != "cpu":
         raise UnsupportedError(
             f"graphs of the dialect 'onnxruntime' run on the cpu so far; asked for {request.device}. "
@@ -83,7 +84,7 @@ def open_engine(request: EngineRequest) -> GrowingCacheEngine | SharedCacheEngin
     settings = SessionSettings(
         request.device, request.threads or usable_cpus(), spinning, provider, allow_tf32
     )
-    if "encoder" in record:
+    if has_encoder:
         graph = Graph(request, settings, record["decoder"], widened=widen)
         try:
             encoder = Encoder(request.artifact, settings, graph.signature, widened=widen)

@@ -167,13 +167,12 @@ class GrowingCacheEngine:
             return self._graph.taps(input_ids, names)
         lengths = np.full(len(source), source.shape[-1])
         inputs, mask = check_sources(source, lengths, self.facts.source, ragged=self.ragged_sources)
-        first = [name for name in names if name in set(self._encoder.tap_names())]
-        past = _with_arrays(self.encode(source, lengths)).tensors
-        rest = [name for name in names if name not in first]
-        return {
-            **self._encoder.taps(inputs, mask, first),
-            **(self._graph.taps(input_ids, rest, past=past) if rest else {}),
-        }
+        once = set(self._encoder.tap_names())
+        shown = self._encoder.taps(inputs, mask, [name for name in names if name in once])
+        if rest := [name for name in names if name not in once]:
+            past = _with_arrays(self.encode(source, lengths)).tensors
+            shown |= self._graph.taps(input_ids, rest, past=past)
+        return shown
 
 
 def _to_ort(array: AnyArray) -> "ort.OrtValue":

@@ -9,7 +9,7 @@ run by themselves on the first pair only, to see what scales can be moved where.
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lmopt.backends.torch.attention import own_attention
+from lmopt.backends.torch.encoder_decoder import as_read
 from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.quantized import quantized_parts
 from lmopt.backends.torch.quantizing import matrix_of
@@ -49,12 +50,10 @@ class Reading:
     @classmethod
     def of(cls, module: nn.Module, row: IntArray, source: AnyArray | None = None) -> "Reading":
         """Put one row, and the source before it, where a module is, features in its type."""
-        device = device_of(module)
-        ids = torch.from_numpy(np.ascontiguousarray(row, np.int64))[None].to(device)
+        ids = torch.from_numpy(np.ascontiguousarray(row, np.int64))[None].to(device_of(module))
         if source is None:
             return cls(ids)
-        inputs = torch.from_numpy(np.ascontiguousarray(source))[None].to(device)
-        return cls(ids, inputs.to(next(module.parameters()).dtype) if inputs.is_floating_point() else inputs)
+        return cls(ids, as_read(module, torch.from_numpy(np.ascontiguousarray(source))[None]))
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -228,6 +227,11 @@ def find_stacks(module: nn.Module) -> list[tuple[str, Blocks]]:
         ):
             found.append((path, blocks))
     return found
+
+
+def prefixes(stacks: Iterable[tuple[str, Blocks]]) -> list[str]:
+    """Give what the paths of all parts of each block begin with."""
+    return [f"{path}.{number}." for path, parts in stacks for number in range(len(parts))]
 
 
 def find_stack(module: nn.Module) -> tuple[str, Blocks] | None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmopt.backends.torch.calibration import find_stack, find_stacks
+from lmopt.backends.torch.calibration import find_stack, find_stacks, prefixes
 from lmopt.backends.torch.dependency_probe import Probe
 from lmopt.errors import UnsupportedError
 from lmopt.types import IntArray, SourceFacts
@@ -179,8 +179,7 @@ def _heads(probe: Probe, feeds: Mapping[str, list[str]]) -> list[Pieces]:
 def _blocks(module: nn.Module, source: SourceFacts | None) -> list[str]:
     """Name the blocks, of encoder and decoder where there are both; the whole model where there are none."""
     longest = find_stack(module)
-    stacks = [longest] if longest is not None and source is None else find_stacks(module) if source else []
-    return [f"{path}.{number}." for path, parts in stacks for number in range(len(parts))] or [""]
+    return prefixes(find_stacks(module) if source else [longest] if longest else []) or [""]
 
 
 def _require_every_block(

@@ -218,24 +218,25 @@ def trial_inputs(module: nn.Module, source: SourceFacts | None, batch: int) -> T
     if source is None:
         return None
     length = source.length if source.fixed and source.length else _TRIAL
-    inputs = sample_inputs(source, batch, length, device_of(module))
+    return as_read(module, sample_inputs(source, batch, length, device_of(module)))
+
+
+def as_read(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Put sources where a module is, features in its type."""
+    inputs = inputs.to(device_of(module))
     return inputs.to(next(module.parameters()).dtype) if inputs.is_floating_point() else inputs
 
 
-def run_after_source(
-    module: nn.Module, source: SourceFacts, ids: Tensor, inputs: Tensor | None = None
-) -> Any:
-    """Run a module as its author wrote it, without a cache of ours, on a source and the ids after it.
+def run_after_source(module: nn.Module, source: SourceFacts, ids: Tensor) -> Any:
+    """Run a module as its author wrote it, without a cache of ours, on a source to try it with and the ids after it.
 
     Args:
         module: A transformers model, or one that meets `EncoderDecoderModel`.
         source: What its encoder reads.
         ids: `(batch, sequence)` int64.
-        inputs: Sources; `None` for ones to try the module with.
     """
     model: Any = module
-    if inputs is None:
-        inputs = trial_inputs(module, source, len(ids))
+    inputs = trial_inputs(module, source, len(ids))
     if is_transformers(module):
         return model(**{model.main_input_name: inputs}, decoder_input_ids=ids, use_cache=True)
     if not callable(getattr(module, "encode", None)):

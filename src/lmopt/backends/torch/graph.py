@@ -46,12 +46,7 @@ def name_boundary(model: ir.Model, signature: Signature, more_inputs: Sequence[T
     Raises:
         ExportError: An input does not reach the result.
     """
-    inputs = [TensorSpec(INPUT_IDS, "int64", (BATCH, SEQUENCE))]
-    if signature.has_mask:
-        inputs.append(TensorSpec(ATTENTION_MASK, "int64", (BATCH, TOTAL)))
-    if signature.has_positions:
-        inputs.append(TensorSpec(POSITION_IDS, "int64", (BATCH, SEQUENCE)))
-    inputs += [*(one.past for one in signature.state), *more_inputs]
+    inputs = [*inputs_of(signature), *more_inputs]
     after = [
         TensorSpec(
             one.present, one.past.dtype, tuple(TOTAL if axis == PAST else axis for axis in one.past.shape)
@@ -62,6 +57,16 @@ def name_boundary(model: ir.Model, signature: Signature, more_inputs: Sequence[T
     assert dtype is not None
     outputs = [TensorSpec(LOGITS, dtype.numpy().name, (BATCH, SEQUENCE, signature.vocab_size)), *after]
     _name(model, inputs, outputs)
+
+
+def inputs_of(signature: Signature) -> list[TensorSpec]:
+    """List the inputs of a decoder's graph, in order, with their true axes."""
+    inputs = [TensorSpec(INPUT_IDS, "int64", (BATCH, SEQUENCE))]
+    if signature.has_mask:
+        inputs.append(TensorSpec(ATTENTION_MASK, "int64", (BATCH, TOTAL)))
+    if signature.has_positions:
+        inputs.append(TensorSpec(POSITION_IDS, "int64", (BATCH, SEQUENCE)))
+    return [*inputs, *(one.past for one in signature.state)]
 
 
 def name_encoder(model: ir.Model, signature: Signature, source: SourceFacts) -> None:
@@ -93,13 +98,16 @@ def translate(
     Raises:
         ExportError: torch knows no translation.
     """
+    try:
+        return as_operators(program, arguments, opset)
+    except Exception as error:
+        raise ExportError(f"torch cannot write {what} as ONNX: {plain_reason(error)}") from error
+
+
+def as_operators(program: torch.export.ExportedProgram, arguments: tuple[Any, ...], opset: int) -> ir.Model:
+    """Do what `translate` does, with torch's own errors."""
     with quiet(), unencumbered(), known_operators():
-        try:
-            translated = torch.onnx.export(
-                program, arguments, opset_version=opset, optimize=False, verbose=False
-            )
-        except Exception as error:
-            raise ExportError(f"torch cannot write {what} as ONNX: {plain_reason(error)}") from error
+        translated = torch.onnx.export(program, arguments, opset_version=opset, optimize=False, verbose=False)
     assert translated is not None
     model: ir.Model = translated.model
     return model

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lmopt.backends.torch.attention import own_attention
 from lmopt.backends.torch.cache_name import cache_name, cache_of
+from lmopt.backends.torch.encoder_decoder import as_read
 from lmopt.backends.torch.language_model import device_of, is_transformers
 from lmopt.backends.torch.pages import give_back
 from lmopt.backends.torch.quantized import quantized_parts
@@ -165,8 +166,7 @@ class FullForward:
         return result
 
     def _inputs(self, source: AnyArray | None) -> Tensor:
-        inputs = torch.from_numpy(np.ascontiguousarray(source))[None].to(self._device)
-        return inputs.to(next(self._module.parameters()).dtype) if inputs.is_floating_point() else inputs
+        return as_read(self._module, torch.from_numpy(np.ascontiguousarray(source))[None])
 
     def _call_after(self, row: Tensor, state: Any, source: AnyArray | None) -> tuple[Tensor, Any]:
         """Read ids after a source, or after those of which `state` came."""

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lmopt.backends.torch.calibration import Reading, find_stacks, gathering
+from lmopt.backends.torch.calibration import Reading, find_stacks, gathering, prefixes
 from lmopt.backends.torch.compressing import by_matrix
 from lmopt.backends.torch.quantizing import find_weights, matrix_of, values_of
 from lmopt.compression.mixed import Candidate, Mixed, choose_widths
@@ -136,7 +136,7 @@ def _only_activations(module: nn.Module) -> Iterator[None]:
 
 def _groups(module: nn.Module, read: dict[str, Statistics]) -> list[list[str]]:
     """Group the linears of each block by what they read; what an encoder gives is read in every block of a decoder."""
-    blocks = [f"{path}.{number}." for path, parts in find_stacks(module) for number in range(len(parts))]
+    blocks = prefixes(find_stacks(module))
     groups: dict[tuple[int, str], list[str]] = {}
     for path, one in read.items():
         home = next((block for block in blocks if path.startswith(block)), "")

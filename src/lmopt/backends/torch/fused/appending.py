@@ -5,7 +5,7 @@ A traced decoder appends keys and values to a cache by operators of its own and 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import numpy as np
@@ -14,8 +14,9 @@ from onnx.reference import ReferenceEvaluator
 
 from lmopt.backends.torch.fused.edits import Edits
 from lmopt.backends.torch.fused.operators import MICROSOFT
-from lmopt.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, SOURCE_MASK, Signature
-from lmopt.types import AnyArray, FloatArray
+from lmopt.backends.torch.graph import inputs_of
+from lmopt.signature import SOURCE_MASK, Signature
+from lmopt.types import BATCH, PAST, SEQUENCE, SOURCE, TOTAL, AnyArray, FloatArray, TensorSpec
 
 _OPERATOR: Final = "MultiHeadAttention"
 _KEY, _VALUE, _PADDING, _BIAS, _PAST = 1, 2, 4, 5, 6
@@ -96,12 +97,8 @@ class _Trial:
     def __init__(self, edits: Edits, signature: Signature, longest: int) -> None:
         self._graph = edits.graph
         self._model = edits.model
-        self._state = {one.past.name: one for one in signature.state}
-        names = [INPUT_IDS]
-        names += [ATTENTION_MASK] if signature.has_mask else []
-        names += [POSITION_IDS] if signature.has_positions else []
-        names += self._state
-        self.inputs = dict(zip(names, edits.graph.inputs, strict=True))
+        self._specs = {one.name: one for one in inputs_of(signature)}
+        self.inputs = dict(zip(self._specs, edits.graph.inputs, strict=True))
         self._longest = longest
 
     def meaning(self, mask: ir.Value) -> str:
@@ -129,7 +126,8 @@ class _Trial:
             return ""
 
         def added(batch: int, past: int, new: int, seen: AnyArray) -> FloatArray:
-            feeds = {name: self._zeros(name, batch, past, new, seen.shape[1]) for name in leaves}
+            axes = {BATCH: batch, SEQUENCE: new, PAST: past, TOTAL: past + new, SOURCE: seen.shape[1]}
+            feeds = {name: _zeros(self._specs[name], axes) for name in leaves}
             feeds |= {SOURCE_MASK: seen} if SOURCE_MASK in leaves else {}
             (found,) = evaluator.run(None, feeds)
             return np.asarray(found, np.float32)
@@ -139,11 +137,9 @@ class _Trial:
         sizes = ((1, 0, 1), (2, 0, 5), (2, 3, 1), (2, 3, 4), (1, self._longest - 1, 1))
         return "causal" if all(_is_causal(added, *size) for size in sizes) else ""
 
-    def _zeros(self, name: str, batch: int, past: int, new: int, source: int) -> AnyArray:
-        if name in self._state:
-            one = self._state[name]
-            return np.zeros(one.sizes(batch, past, source), one.past.dtype)
-        return np.zeros((batch, past + new if name == ATTENTION_MASK else new), np.int64)
+
+def _zeros(spec: TensorSpec, axes: Mapping[str, int]) -> AnyArray:
+    return np.zeros([axes[axis] if isinstance(axis, str) else axis for axis in spec.shape], spec.dtype)
 
 
 def _is_causal(added: Callable[..., FloatArray], batch: int, past: int, new: int) -> bool:

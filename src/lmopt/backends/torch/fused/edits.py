@@ -1,6 +1,6 @@
 """Small edits of a graph that all steps after the trace share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,25 @@ def share_equal(graph: ir.Graph) -> None:
         if key in first and not value.is_graph_output():
             value.replace_all_uses_with(first[key])
         first.setdefault(key, value)
+
+
+def same_shape(left: ir.Value, right: ir.Value) -> bool:
+    """Say whether two values surely have one shape: no axis of it is without a name."""
+    return (
+        left.shape is not None
+        and right.shape is not None
+        and list(left.shape) == list(right.shape)
+        and all(isinstance(size, int) or size.value is not None for size in left.shape)
+    )
+
+
+def sums_with_constants(add: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Read an Add as a value of the sum's own shape and a constant that is added to it, as far as it is that."""
+    for value, constant in (add.inputs, reversed(add.inputs)):
+        if value is None or constant is None or constant.const_value is None:
+            continue
+        if same_shape(value, add.outputs[0]):
+            yield value, constant
 
 
 def is_linear(node: ir.Node) -> bool:

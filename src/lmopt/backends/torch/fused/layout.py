@@ -5,7 +5,7 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from lmopt.backends.torch.fused.edits import Edits
+from lmopt.backends.torch.fused.edits import Edits, same_shape, sums_with_constants
 
 _LAST: Final = 2**31 - 1
 
@@ -50,7 +50,7 @@ def _origin(node: ir.Node) -> ir.Value | None:
     if node.op_type == "Reshape":
         # Reshapes keep the order of the entries, so equal shapes mean equal values.
         while value is not None:
-            if _same_shape(value, node.outputs[0]):
+            if same_shape(value, node.outputs[0]):
                 return value
             before = value.producer()
             if before is None or before.op_type != "Reshape":
@@ -69,25 +69,11 @@ def _origin(node: ir.Node) -> ir.Value | None:
 
 def _other_than_zeros(add: ir.Node) -> ir.Value | None:
     """Give what a constant of zeros is added to, as is an unused bias of logits, if it has the sum's shape."""
-    for value, other in (add.inputs, reversed(add.inputs)):
-        tensor = None if other is None else other.const_value
-        if (
-            tensor is not None
-            and value is not None
-            and _same_shape(value, add.outputs[0])
-            and not tensor.numpy().any()
-        ):
+    for value, constant in sums_with_constants(add):
+        tensor = constant.const_value
+        if tensor is not None and not tensor.numpy().any():
             return value
     return None
-
-
-def _same_shape(left: ir.Value, right: ir.Value) -> bool:
-    return (
-        left.shape is not None
-        and right.shape is not None
-        and list(left.shape) == list(right.shape)
-        and all(isinstance(size, int) or size.value is not None for size in left.shape)
-    )
 
 
 def _takes_all(node: ir.Node) -> bool:

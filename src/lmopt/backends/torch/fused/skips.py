@@ -4,7 +4,7 @@ from typing import Final
 
 import onnx_ir as ir
 
-from lmopt.backends.torch.fused.edits import Edits, is_linear
+from lmopt.backends.torch.fused.edits import Edits, is_linear, sums_with_constants
 from lmopt.backends.torch.fused.operators import MICROSOFT
 
 _WITH_SKIP: Final = {
@@ -83,9 +83,7 @@ def _take_bias(
 def _sum_with_vector(add: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
     """Take a value and a constant vector apart that a node adds, which is how a linear's bias may leave a trace."""
     if add.op_type == "Add" and not add.outputs[0].is_graph_output():
-        for value, vector in (add.inputs, reversed(add.inputs)):
-            tensor = None if vector is None else vector.const_value
-            whole = value is not None and value.shape is not None and value.shape == add.outputs[0].shape
-            if whole and tensor is not None and len(tensor.shape) == 1:
-                return value, vector
+        for value, constant in sums_with_constants(add):
+            if constant.const_value is not None and len(constant.const_value.shape) == 1:
+                return value, constant
     return None, None

@@ -10,10 +10,9 @@ import torch
 from lmopt.backends.torch.fused.lower import FusedDecoder
 from lmopt.backends.torch.fused.operators import Rows
 from lmopt.backends.torch.fused.reason import InexpressibleError
+from lmopt.backends.torch.graph import as_operators
 from lmopt.backends.torch.lowering import tracing_for
 from lmopt.backends.torch.quantized_lowering import lowered
-from lmopt.backends.torch.quieting import quiet
-from lmopt.backends.torch.registering import known_operators
 from lmopt.backends.torch.tracing import plain_reason, traceable
 from lmopt.signature import Signature
 
@@ -67,22 +66,16 @@ def trace(
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(traceable(decoder.module))
-        stack.enter_context(known_operators())
         stack.enter_context(tracing_for("onnxruntime"))
         stack.enter_context(lowered(decoder.module, accuracy_level))
         try:
             program = torch.export.export(decoder, arguments, dynamic_shapes=shapes, strict=False)
             # The model's own way from its linears to attention, which nothing reads: half of the trace.
             program.graph_module.graph.eliminate_dead_code()
-            translated = torch.onnx.export(
-                program, arguments, opset_version=opset, optimize=False, verbose=False
-            )
+            return as_operators(program, arguments, opset)
         except InexpressibleError:
             raise
         except Exception as error:
             raise InexpressibleError(f"torch cannot trace it: {plain_reason(error)}") from error
-    assert translated is not None
-    return translated.model
