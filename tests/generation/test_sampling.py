@@ -7,7 +7,17 @@ from generation_fakes import ConstantEngine
 from lmopt.errors import EngineError, UnsupportedOptionError
 from lmopt.generation import GenerationConfig, generate
 from lmopt.generation.randomness import philox, uniform
-from lmopt.generation.sampling import Choice, _lightest, _nearest, draw, greedy, largest, narrow
+from lmopt.generation.sampling import (
+    Choice,
+    _lightest,
+    _nearest,
+    draw,
+    greedy,
+    largest,
+    largest_sums,
+    log_normalizer,
+    narrow,
+)
 
 WARPERS = [
     {"top_k": 0},
@@ -115,6 +125,36 @@ def test_largest_is_a_stable_sort():
         for count in (1, 2, 17, size, size + 3):
             expected = np.argsort(-values, kind="stable")[:count]
             assert largest(values, count).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [3, 63, 64, 200, 5000, 6413])
+def test_largest_sums_are_those_of_all_sums(vocab_size):
+    generator = np.random.default_rng(vocab_size)
+    for rows in (1, 2, 5):
+        # Few different values: many sums are equal.
+        scores = generator.integers(0, 40, (rows, vocab_size)).astype(np.float32)
+        scores[generator.random(scores.shape) < 0.2] = -np.inf
+        less, more = generator.integers(0, 3, (2, rows)).astype(np.float32) * np.float32(1.1)
+        sums = ((scores - less[:, None]) + more[:, None]).ravel()
+        for count in (1, 2, 8, 40, scores.size, scores.size + 3):
+            expected = np.argsort(-sums, kind="stable")[:count]
+            row, column, values = largest_sums(scores, less, more, count)
+            assert (row * vocab_size + column).tolist() == expected.tolist()
+            assert values.tolist() == sums[expected].tolist()
+        for place in (0, vocab_size // 2, vocab_size - 1):
+            broken = scores.copy()
+            broken[-1, place] = np.nan
+            with pytest.raises(EngineError, match="NaN"):
+                largest_sums(broken, less, more, 4)
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread"), [(0, 1), (0, 30), (70, 5), (200, 3), (-90, 3), (-4000, 10), (0, 1000)]
+)
+def test_normalizer_is_that_of_float64(mean, spread):
+    scores = (np.random.default_rng(0).normal(size=50257) * spread + mean).astype(np.float32)
+    exact = np.logaddexp.reduce(scores.astype(np.float64))
+    assert log_normalizer(scores) == pytest.approx(exact, rel=2e-7, abs=2e-6)
 
 
 def test_greedy_takes_the_lowest_of_equals_and_refuses_nan():

@@ -18,7 +18,7 @@ from lmopt.generation.history import History
 from lmopt.generation.interruption import Interruption
 from lmopt.generation.results import FinishReason, Generation
 from lmopt.generation.rows import Row
-from lmopt.generation.sampling import check_best, largest, log_probabilities
+from lmopt.generation.sampling import largest_sums, log_normalizer
 from lmopt.generation.sources import begin
 from lmopt.generation.stopping import Detokenizer
 from lmopt.types import FloatArray, IntArray
@@ -65,25 +65,26 @@ class _Search:
         """What each running beam has seen."""
         return [History(line, self.length, self.row.history.prompt_length) for line in self.tokens]
 
-    def step(self, scores: FloatArray, logprobs: FloatArray) -> IntArray:
+    def step(
+        self, scores: FloatArray, less: FloatArray, logits: FloatArray, normalizers: FloatArray
+    ) -> IntArray:
         """Read the scores of all continuations and choose the beams that go on.
 
         Args:
-            scores: `(beams, vocab_size)` log-probabilities after the processors.
-            logprobs: The same before them.
+            scores: `(beams, vocab_size)`, what the processors left.
+            less: `(beams,)`; scores less these are log-probabilities after the processors.
+            logits: `(beams, vocab_size)`, as the model gave them.
+            normalizers: `(beams,)`; logits less these are log-probabilities.
 
         Returns:
             `(beams,)` int64, the beam that each new beam continues.
         """
-        beams, vocab_size = scores.shape
+        beams = len(scores)
         count = max(2, 1 + len(self._config.eos_ids)) * beams
-        total = (scores + self.scores[:, None]).ravel()
-        check_best(float(total.max()))
-        best = largest(total, count)
-        parents, ids, best_scores = best // vocab_size, best % vocab_size, total[best]
+        parents, ids, best_scores = largest_sums(scores, less, self.scores, count)
         tokens, token_logprobs = self.tokens[parents], self.logprobs[parents]
         tokens[:, self.length] = ids
-        token_logprobs[:, self.length] = logprobs[parents, ids]
+        token_logprobs[:, self.length] = logits[parents, ids] - normalizers[parents]
         self.length += 1
         reasons = [self._reason(line) for line in tokens]
         hits = np.array([reason is not None for reason in reasons])
@@ -213,24 +214,28 @@ def beam_search(
     for line, search in zip(input_ids, active, strict=True):
         line[: search.length] = search.row.history.seen
     logits, state = engine.forward(input_ids, lengths, state, last_only=True)
+    only_bans = all(processor.only_bans for processor in processors)
+    room = np.empty(engine.facts.vocab_size, np.float32)
     repeats = np.repeat(np.arange(len(active)), beams)
     logits, state = logits[repeats], engine.select(state, repeats)
     while True:
-        logprobs = log_probabilities(logits[:, -1])
         parents = []
         for number, search in enumerate(active):
             mine = slice(number * beams, (number + 1) * beams)
-            part = logprobs[mine]
-            scores = part
-            if companion is not None:
-                scores = companion.add(part, mine)
+            lines = logits[mine, -1]
+            normalizers = np.array([log_normalizer(line, out=room) for line in lines], np.float32)
+            scores, less = lines, normalizers
+            if companion is not None or not only_bans:
+                scores, less = lines - normalizers[:, None], np.zeros_like(normalizers)
+                if companion is not None:
+                    scores = companion.add(scores, mine)
             elif processors:
-                scores = part.copy()
+                scores = lines.copy()
             if processors:
                 for line, history in zip(scores, search.histories(), strict=True):
                     for processor in processors:
                         processor(line, history)
-            parents.append(number * beams + search.step(scores, part))
+            parents.append(number * beams + search.step(scores, less, lines, normalizers))
         interruption.mark(search.row for search in active if not search.done)
         kept = [n for n, one in enumerate(active) if not one.done and one.row.finish_reason is None]
         if not kept:

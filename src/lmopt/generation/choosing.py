@@ -51,21 +51,15 @@ def give(
     Returns:
         The rows that were given a token.
     """
-    tokens: list[int] = []
-    plain = isinstance(logits, np.ndarray) and not any(row.processors or row.config.do_sample for row in rows)
-    if isinstance(logits, np.ndarray) and plain:
-        tokens = logits.argmax(axis=-1).tolist()
-        # NaN and minus infinity, which `argmax` would return first or last, are not above.
-        if not (logits[np.arange(len(rows)), tokens] > -np.inf).all():
-            plain = False
+    best: list[int] = (
+        logits.argmax(axis=-1).tolist()
+        if isinstance(logits, np.ndarray)
+        else [int(line.argmax()) for line in logits]
+    )
     given = []
     for number, row in enumerate(rows):
         try:
-            token = (
-                tokens[number]
-                if plain
-                else _choose(logits[number], row, None if ids is None else ids[number])
-            )
+            token = _choose(logits[number], best[number], row, None if ids is None else ids[number])
         except LmoptError as error:
             row.fail(error)
             continue
@@ -76,16 +70,19 @@ def give(
     return given
 
 
-def _choose(logits: FloatArray, row: Row, ids: IntArray | None) -> int:
+def _choose(logits: FloatArray, best: int, row: Row, ids: IntArray | None) -> int:
+    """Choose a row's token; `best` is where its logits are largest, or the first NaN."""
     # A row is processed alone: its arithmetic, rounding included, is then the same in any batch.
-    check_best(float(logits.max()))
+    check_best(float(logits[best]))
     scores = logits
     if row.processors:
         scores = logits.copy()
         for processor in row.processors:
             processor(scores, row.history)
-        check_best(float(scores.max()))
+        # Where all else was banned at most, what was best still is.
+        if scores[best] != logits[best] or not all(processor.only_bans for processor in row.processors):
+            best = int(scores.argmax())
+            check_best(float(scores[best]))
     if row.config.do_sample:
         return draw(narrow(scores, row.config, ids), row.uniform())
-    best = int(scores.argmax())
     return best if ids is None else int(ids[best])

@@ -8,7 +8,7 @@ scores in place. What narrows the choice further when sampling (temperature, top
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -20,7 +20,14 @@ from lmopt.types import FloatArray, IntArray
 
 
 class Processor(Protocol):
-    """Changes the `(vocab_size,)` float32 scores of one row in place."""
+    """Changes the `(vocab_size,)` float32 scores of one row in place.
+
+    Attributes:
+        only_bans: Whether it sets scores to minus infinity and does nothing else, and sets the same ones where all
+            scores are higher or lower by one number: logits will do in the place of log-probabilities then.
+    """
+
+    only_bans: ClassVar[bool]
 
     def __call__(self, scores: FloatArray, history: History) -> None:
         """Change `scores`, given what the row has seen."""
@@ -31,6 +38,7 @@ class Processor(Protocol):
 class RepetitionPenalty:
     """Divide positive and multiply negative scores of tokens already seen (arXiv:1909.05858)."""
 
+    only_bans: ClassVar[bool] = False
     penalty: float
 
     def __call__(self, scores: FloatArray, history: History) -> None:
@@ -46,6 +54,7 @@ class RepetitionPenalty:
 class NoRepeatNgram:
     """Ban every token that would complete an n-gram a second time."""
 
+    only_bans: ClassVar[bool] = True
     size: int
 
     def __call__(self, scores: FloatArray, history: History) -> None:
@@ -63,6 +72,7 @@ class NoRepeatNgram:
 class BadWords:
     """Ban the last token of each sequence whose beginning has just been seen."""
 
+    only_bans: ClassVar[bool] = True
     words: tuple[tuple[int, ...], ...]
 
     def __call__(self, scores: FloatArray, history: History) -> None:
@@ -77,6 +87,7 @@ class BadWords:
 class MinLength:
     """Ban end-of-sequence ids until so many tokens are there."""
 
+    only_bans: ClassVar[bool] = True
     tokens: int
     new_only: bool
     eos: IntArray
@@ -91,6 +102,7 @@ class MinLength:
 class ForcedFirst:
     """Force a token after a prompt of one token."""
 
+    only_bans: ClassVar[bool] = False
     token: int
 
     def __call__(self, scores: FloatArray, history: History) -> None:
@@ -103,6 +115,7 @@ class ForcedFirst:
 class ForcedLast:
     """Force a token where the length limit is reached."""
 
+    only_bans: ClassVar[bool] = False
     token: int
 
     def __call__(self, scores: FloatArray, history: History) -> None:
@@ -115,6 +128,7 @@ class ForcedLast:
 class Suppress:
     """Ban tokens."""
 
+    only_bans: ClassVar[bool] = True
     tokens: IntArray
 
     def __call__(self, scores: FloatArray, history: History) -> None:
@@ -126,6 +140,7 @@ class Suppress:
 class SuppressFirst:
     """Ban tokens as first new token, or as second where the first one is forced."""
 
+    only_bans: ClassVar[bool] = True
     tokens: IntArray
     first_is_forced: bool
 
@@ -144,6 +159,7 @@ class Timestamps:
     than the likeliest text. As transformers' `WhisperTimeStampLogitsProcessor`.
     """
 
+    only_bans: ClassVar[bool] = True
     first: int
     eos: int
     latest: int | None
@@ -173,6 +189,8 @@ class Timestamps:
 @dataclass(frozen=True)
 class Renormalize:
     """Turn scores into log-probabilities."""
+
+    only_bans: ClassVar[bool] = False
 
     def __call__(self, scores: FloatArray, history: History) -> None:
         """Normalise."""
