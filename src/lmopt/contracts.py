@@ -20,7 +20,9 @@ Rules that the conformance kit (`lmopt.testing`) proves:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
+
+from typing_extensions import Protocol, runtime_checkable
 
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 

@@ -22,6 +22,7 @@ from lmopt.types import (
     DTYPE_BYTES,
     PAST,
     SOURCE,
+    SOURCES,
     AnyArray,
     FloatArray,
     IntArray,
@@ -35,6 +36,8 @@ LOGITS = "logits"
 LOGITS_TO_KEEP = "logits_to_keep"
 INPUT_FEATURES = "input_features"
 SOURCE_MASK = "encoder_attention_mask"
+TOKENS = ".tokens"
+"""How the names of values end that hold the tokens of all sources one after the other, `(tokens, size)`, no padding."""
 
 _KEY_VALUE = re.compile(r"past_key_values\.(\d+)\.((?:encoder\.|decoder\.)?(?:key|value))")
 _PLAIN = re.compile(r"past_state\.(.+)")
@@ -73,7 +76,8 @@ class StateTensor:
 
     Attributes:
         past: Spec of the input; symbolic axes are `batch_size` and, if it grows,
-            `past_sequence_length`, or `encoder_sequence_length`.
+            `past_sequence_length`. Of a source, `encoder_sequence_length`, and `source_batch_size` for `batch_size`
+            where rows that hold one source and stand together hold it once.
         present: Name of the output; empty for what a row holds of its source, which no call changes.
         batch_axis: Axis of the rows.
         past_axis: Axis that grows by one a token, `None` for a state of fixed size.
@@ -96,11 +100,12 @@ class StateTensor:
         axes = [axis for axis in past.shape if isinstance(axis, str)]
         kept = _OF_SOURCE.fullmatch(past.name) is not None
         free = SOURCE if kept else PAST
-        if BATCH not in axes or set(axes) - {BATCH, free}:
+        rows = SOURCES if kept and SOURCES in axes else BATCH
+        if rows not in axes or set(axes) - {rows, free}:
             raise CorruptArtifactError(
                 f"{past.name!r} has dynamic axes {axes}; expected {BATCH!r} and, if it has any length, {free!r}"
             )
-        batch_axis = past.shape.index(BATCH)
+        batch_axis = past.shape.index(rows)
         free_axis = past.shape.index(free) if free in axes else None
         if kept:
             return cls(past, "", batch_axis, None, free_axis)
@@ -108,7 +113,7 @@ class StateTensor:
 
     def sizes(self, batch: int, past: int = 0, source: int = 0) -> list[int]:
         """Give the shape of the tensor for `batch` rows that hold `past` tokens, and `source` positions."""
-        known = {BATCH: batch, PAST: past, SOURCE: source}
+        known = {BATCH: batch, SOURCES: batch, PAST: past, SOURCE: source}
         return [known[axis] if isinstance(axis, str) else axis for axis in self.past.shape]
 
     def empty(self, batch: int) -> AnyArray:
@@ -148,6 +153,17 @@ _numbers = itertools.count()
 def number_sources(batch: int) -> IntArray:
     """Give each of some sources that were just read a number that no other has: `(batch,)` int64."""
     return np.array([next(_numbers) for _ in range(batch)], np.int64)
+
+
+def together(sources: IntArray) -> int:
+    """Count the rows that stand together and hold one source, where these are equally many of each; else 1.
+
+    >>> together(np.array([7, 7, 9, 9])), together(np.array([7, 9, 7, 9])), together(np.array([7, 7, 9]))
+    (2, 1, 1)
+    """
+    starts = np.flatnonzero(np.concatenate([[True], sources[1:] != sources[:-1], [True]]))
+    runs = np.diff(starts)
+    return int(runs[0]) if len(sources) and (runs == runs[0]).all() else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +321,20 @@ class Signature:
     def from_source(self) -> tuple[StateTensor, ...]:
         """Tensors that the encoder makes: all but the source's mask and what starts empty."""
         return tuple(one for one in self.state if one.past_axis is None and one.past.name != SOURCE_MASK)
+
+    @property
+    def shares_sources(self) -> bool:
+        """Whether rows that hold one source and stand together hold it once; see `together`."""
+        return any(SOURCES in one.past.shape for one in self.state)
+
+    def sharing_sources(self) -> "Signature":
+        """Give the signature of the same graph where they do."""
+
+        def shared(one: StateTensor) -> StateTensor:
+            shape = tuple(SOURCES if axis == BATCH else axis for axis in one.past.shape)
+            return one if one.present else replace(one, past=replace(one.past, shape=shape))
+
+        return replace(self, state=tuple(map(shared, self.state)))
 
     @property
     def has_source_mask(self) -> bool:

@@ -17,6 +17,7 @@ SEQUENCE: Final = "sequence_length"
 PAST: Final = "past_sequence_length"
 TOTAL: Final = "total_sequence_length"
 SOURCE: Final = "encoder_sequence_length"
+SOURCES: Final = "source_batch_size"
 
 DTYPE_BYTES: Final[dict[str, int]] = {
     "float64": 8,

@@ -1,6 +1,7 @@
 """Penalties and biases of OpenAI's API, which transformers does not have."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ class OutputPenalty:
         presence: Once, if it occurred.
     """
 
+    only_bans: ClassVar[bool] = False
+
     def __init__(self, frequency: float, presence: float) -> None:
         self._frequency = np.float32(frequency)
         self._presence = np.float32(presence)
@@ -36,6 +39,8 @@ class Bias:
         ids: `(n,)` int64 token ids.
         biases: `(n,)` float32.
     """
+
+    only_bans: ClassVar[bool] = False
 
     def __init__(self, ids: IntArray, biases: FloatArray) -> None:
         self._ids = ids

@@ -105,7 +105,7 @@ def test_a_silent_fallback_is_an_error(opened, artifacts, monkeypatch):
     real = session.ort
     said = {}
 
-    def create(source, options, providers):
+    def create(source, options, providers, **more):
         said["asked"] = providers
         os.write(2, LINES[1].encode() + b"\n")
         return real.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -7,7 +7,8 @@ import pytest
 
 from lmopt.backends.torch.fused.appending import append_inside, mask_inside
 from lmopt.backends.torch.fused.edits import Edits
-from lmopt.signature import Signature
+from lmopt.backends.torch.graph import inputs_of
+from lmopt.signature import SOURCE_MASK, Signature
 from lmopt.types import TensorSpec
 
 LONGEST = 64
@@ -94,7 +95,7 @@ def with_shapes(edits: Edits) -> Edits:
 def test_a_mask_that_looks_back_only_becomes_an_attribute(window: int, hidden: str, taken: bool) -> None:
     edits = with_shapes(graph_of(SELF.format(window=window, hidden="{" + hidden + "}")))
     append_inside(edits)
-    mask_inside(edits, SIGNATURE, LONGEST)
+    mask_inside(edits, inputs_of(SIGNATURE), SOURCE_MASK, LONGEST)
     node = attention(edits)
     assert [one.name for one in node.inputs[6:8]] == ["pk", "pv"]
     assert [one.name for one in edits.graph.outputs] == [one.name for one in node.outputs]
@@ -105,7 +106,7 @@ def test_a_mask_that_looks_back_only_becomes_an_attribute(window: int, hidden: s
 def test_without_a_cache_of_its_own_the_operator_is_not_trusted_with_it() -> None:
     """It would take the first query to stand at the first key."""
     edits = graph_of(SELF.format(window=10_000, hidden="{-3.4e38}"))
-    mask_inside(edits, SIGNATURE, LONGEST)
+    mask_inside(edits, inputs_of(SIGNATURE), SOURCE_MASK, LONGEST)
     assert "unidirectional" not in attention(edits).attributes
     assert attention(edits).inputs[5] is not None
 
@@ -126,7 +127,7 @@ g (int64[b,s] ids, float[b,2,p,4] pk, float[b,2,p,4] pv, int64[b,e] source_mask,
 @pytest.mark.parametrize(("border", "taken"), [(0, True), (-1, False)])
 def test_a_mask_of_the_source_is_handed_on_as_it_is(border: int, taken: bool) -> None:
     edits = graph_of(SOURCE.format(border=border))
-    mask_inside(edits, SIGNATURE, LONGEST)
+    mask_inside(edits, inputs_of(SIGNATURE), SOURCE_MASK, LONGEST)
     node = attention(edits)
     assert (node.inputs[5] is None) == taken
     if taken:

@@ -9,7 +9,7 @@ from lmopt.backends.onnxruntime.graph import open_session, run_options, run_valu
 from lmopt.backends.onnxruntime.session import SessionSettings, ort
 from lmopt.contracts import ArtifactView
 from lmopt.errors import ClosedError, CorruptArtifactError, EngineError
-from lmopt.signature import ATTENTION_MASK, SOURCE_MASK, Signature, source_name
+from lmopt.signature import ATTENTION_MASK, SOURCE_MASK, TOKENS, Signature, source_name
 from lmopt.types import AnyArray, IntArray
 
 _HALF: Final = "tensor(float16)"
@@ -92,7 +92,7 @@ class Encoder:
         return list(self._taps)
 
     def taps(self, inputs: AnyArray, mask: IntArray, names: Sequence[str]) -> dict[str, AnyArray]:
-        """Read sources with the named module outputs added to the graph's outputs.
+        """Read sources with the named module outputs added to the graph's outputs; padding may show as zeros.
 
         Args:
             inputs: As for `run`.
@@ -101,7 +101,9 @@ class Encoder:
         """
         values = {name: self._taps[name] for name in names}
         path = self._artifact.file(self._file)
-        return show_values(path, self._settings, self._artifact.path, values, self._feeds(inputs, mask))
+        shown = show_values(path, self._settings, self._artifact.path, values, self._feeds(inputs, mask))
+        packed = {name for name, value in values.items() if value.endswith(TOKENS)}
+        return {name: _in_rows(one, mask) if name in packed else one for name, one in shown.items()}
 
     def _feeds(self, inputs: AnyArray, mask: IntArray) -> dict[str, AnyArray]:
         feeds = {self._input: inputs.astype(np.float16) if self._half else inputs}
@@ -113,3 +115,10 @@ class Encoder:
         """Let go of the session, and stop runs that are inside it."""
         self._options.terminate = True
         self._session = None
+
+
+def _in_rows(tokens: AnyArray, mask: IntArray) -> AnyArray:
+    """Put `(tokens, size)` at their places in `(batch, source, size)`."""
+    rows = np.zeros((*mask.shape, tokens.shape[-1]), tokens.dtype)
+    rows[mask != 0] = tokens
+    return rows

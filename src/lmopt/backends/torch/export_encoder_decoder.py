@@ -16,10 +16,14 @@ from lmopt.backends.torch.fused.appending import append_inside, mask_inside
 from lmopt.backends.torch.fused.edits import Edits
 from lmopt.backends.torch.fused.layout import drop_idle
 from lmopt.backends.torch.fused.operators import MICROSOFT
+from lmopt.backends.torch.fused.shared_sources import share_sources
 from lmopt.backends.torch.fused.skips import join_skips
+from lmopt.backends.torch.fused.unpadded import skip_padding
 from lmopt.backends.torch.graph import (
+    encoder_inputs,
     find_taps,
     fold,
+    inputs_of,
     module_paths,
     name_boundary,
     name_encoder,
@@ -37,6 +41,7 @@ from lmopt.backends.torch.row_products import multiply_in_int8
 from lmopt.backends.torch.tracing import export_encoder, export_program
 from lmopt.contracts import ExportRequest
 from lmopt.errors import UnsupportedError
+from lmopt.signature import ATTENTION_MASK, SOURCE_MASK
 
 ENCODER: Final = "encoder_model.onnx"
 DECODER: Final = "decoder_model.onnx"
@@ -75,7 +80,7 @@ def export_both(
     target, reason = _target(request)
     if products != "auto" and reason:
         raise UnsupportedError(f"products={products!r} is of the dialect 'onnxruntime', and {name}: {reason}")
-    microsoft, rewritten = False, 0
+    microsoft, rewritten, signature = False, 0, decoder.signature
     operators: set[str] = set()
     files: list[str] = []
     shown: dict[str, list[list[str]]] = {}
@@ -103,17 +108,32 @@ def export_both(
             drop_idle(edits)
             if file == DECODER:
                 append_inside(edits)
-                mask_inside(edits, decoder.signature, request.facts.context_length or _LONG)
+                mask_inside(edits, inputs_of(signature), SOURCE_MASK, request.facts.context_length or _LONG)
+                RemoveUnusedNodesPass()(model)
+                held = [
+                    value
+                    for value, one in zip(
+                        model.graph.inputs[-len(signature.state) :], signature.state, strict=True
+                    )
+                    if not one.present
+                ]
+                if share_sources(edits, held):
+                    signature = signature.sharing_sources()
+            elif signature.has_source_mask:
+                inputs = encoder_inputs(model, signature, decoder.source)
+                mask_inside(edits, inputs, ATTENTION_MASK, decoder.source.length or _LONG)
+                RemoveUnusedNodesPass()(model)
+                skip_padding(edits, model.graph.inputs[1])
             join_skips(edits)
             if products == "int8" or (products == "int8-encoder" and file == ENCODER):
-                vocabularies = {decoder.signature.vocab_size, decoder.source.size}
-                rewritten += multiply_in_int8(edits, vocabularies)
+                vocabularies = {signature.vocab_size, decoder.source.size}
+                rewritten += multiply_in_int8(edits, vocabularies, few_rows=file == DECODER)
         tidy(model, file.partition("_")[0])
         # Last: what merges values may give an output the axes of another.
         if file == ENCODER:
-            name_encoder(model, decoder.signature, decoder.source)
+            name_encoder(model, signature, decoder.source)
         else:
-            name_boundary(model, decoder.signature)
+            name_boundary(model, signature)
         if any(node.domain == MICROSOFT for node in model.graph):
             model.opset_imports[MICROSOFT], microsoft = 1, True
         refuse_recurrent_halves(request.module, model)

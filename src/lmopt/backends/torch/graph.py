@@ -71,6 +71,12 @@ def inputs_of(signature: Signature) -> list[TensorSpec]:
 
 def name_encoder(model: ir.Model, signature: Signature, source: SourceFacts) -> None:
     """Give inputs and outputs of an encoder the field's names and true axes; see `name_boundary`."""
+    outputs = [replace(one.past, name=source_name(one.past.name)) for one in signature.from_source]
+    _name(model, encoder_inputs(model, signature, source), outputs)
+
+
+def encoder_inputs(model: ir.Model, signature: Signature, source: SourceFacts) -> list[TensorSpec]:
+    """List names and axes of what an encoder's graph takes."""
     axis: int | str = source.length if source.fixed and source.length else SOURCE
     if source.kind == "ids":
         inputs = [TensorSpec(INPUT_IDS, "int64", (BATCH, axis))]
@@ -80,8 +86,7 @@ def name_encoder(model: ir.Model, signature: Signature, source: SourceFacts) -> 
         inputs = [TensorSpec(INPUT_FEATURES, dtype.numpy().name, (BATCH, source.size, axis))]
     if signature.has_source_mask:
         inputs.append(TensorSpec(ATTENTION_MASK, "int64", (BATCH, axis)))
-    outputs = [replace(one.past, name=source_name(one.past.name)) for one in signature.from_source]
-    _name(model, inputs, outputs)
+    return inputs
 
 
 def translate(

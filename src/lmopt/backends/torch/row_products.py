@@ -5,6 +5,10 @@ Each token's vector `x` is rounded to `q = round(x / s)`, `s = max|x| / 127`, ea
 multiplies `uint8` with `int8` by AMX or VNNI, where `MatMulNBits` uses neither with many rows; what is added
 around a product are plain operators, of which all products of one input share all but two.
 
+Where few rows are read and a matrix is small, these operators take longer than the product: there it is one
+`MatMulNBits`, which rounds each token's vector and each output's weights in blocks of up to 256 columns, as finely at
+least (docs/results/matmulnbits-kernels.md).
+
 Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339 (section 2.1, vector-wise quantization); it is what CTranslate2 calls
 int8.
 """
@@ -17,6 +21,7 @@ import onnx_ir as ir
 
 from lmopt.backends.torch.fused.edits import Edits
 from lmopt.backends.torch.fused.operators import MICROSOFT
+from lmopt.backends.torch.matmulnbits import INT8_ACTIVATIONS
 from lmopt.types import AnyArray, FloatArray
 
 _MOST: Final = 127
@@ -25,15 +30,18 @@ _MIDDLE: Final = 128
 _TINY: Final = 1e-30
 # Smaller weights gain nothing.
 _LEAST: Final = 1 << 10
+# Up to here the operators around a product of 16 rows take as long as the product.
+_SMALL: Final = 1 << 20
 _MATRIX: Final = 2
 
 
-def multiply_in_int8(edits: Edits, vocabularies: Collection[int]) -> int:
+def multiply_in_int8(edits: Edits, vocabularies: Collection[int], *, few_rows: bool) -> int:
     """Rewrite the products of a graph with constant matrices, and the look-ups of tokens.
 
     Args:
         edits: The graph; changed in place.
         vocabularies: Rows that a table of tokens has; other tables stay, positions above all.
+        few_rows: Whether it mostly reads a token of each row at a time.
 
     Returns:
         How many products were rewritten.
@@ -43,6 +51,10 @@ def multiply_in_int8(edits: Edits, vocabularies: Collection[int]) -> int:
     for node in list(edits.graph):
         matrix = _matrix(node)
         if matrix is None:
+            continue
+        count += 1
+        if few_rows and matrix.size <= _SMALL and (block := _block(len(matrix))):
+            _multiply_in_blocks(edits, node, matrix, block)
             continue
         activation, weight = node.inputs[:2]
         assert activation is not None
@@ -68,7 +80,6 @@ def multiply_in_int8(edits: Edits, vocabularies: Collection[int]) -> int:
             one.outputs[0].type, one.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
         edits.replace(node.outputs[0], result.outputs[0])
         edits.graph.remove(node, safe=True)
-        count += 1
     for table in [one.inputs[0] for one in edits.graph if one.op_type == "Gather"]:
         tensor: Any = None if table is None else table.const_value
         if table is not None and _is_large(tensor) and tensor.shape[0] in vocabularies:
@@ -81,6 +92,47 @@ def round_columns(matrix: FloatArray) -> tuple[AnyArray, FloatArray]:
     scales = np.abs(matrix).max(axis=0) / np.float32(_MOST)
     scales = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
     return np.rint(matrix / scales).astype(np.int8), scales
+
+
+def round_blocks(matrix: FloatArray, block: int) -> tuple[AnyArray, FloatArray]:
+    """Round a matrix `(inputs, outputs)` to 8 bits in blocks of inputs, as `MatMulNBits` reads it.
+
+    Returns:
+        uint8 codes `(outputs, blocks, block)`, whose zero is 128, and float32 scales `(outputs, blocks)`.
+    """
+    blocks = np.ascontiguousarray(matrix.T).reshape(matrix.shape[1], -1, block)
+    scales = np.abs(blocks).max(axis=2) / np.float32(_MOST)
+    scales = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    return (np.rint(blocks / scales[..., None]) + _MIDDLE).astype(np.uint8), scales
+
+
+def _block(inputs: int) -> int:
+    """Largest block of `MatMulNBits` that divides a row, 0 where none does."""
+    return next((block for block in (256, 128, 64, 32, 16) if inputs % block == 0), 0)
+
+
+def _multiply_in_blocks(edits: Edits, node: ir.Node, matrix: FloatArray, block: int) -> None:
+    """Write one product as `MatMulNBits`; ONNX Runtime adds a bias in it when it loads the graph."""
+    activation, weight = node.inputs[:2]
+    assert weight is not None
+    codes, scales = round_blocks(matrix, block)
+    product = edits.node(
+        "MatMulNBits",
+        [
+            activation,
+            _stored(edits, f"{weight.name}.blocks", codes),
+            _stored(edits, f"{weight.name}.blocks_scale", scales),
+        ],
+        node,
+        domain=MICROSOFT,
+        K=len(matrix),
+        N=matrix.shape[1],
+        bits=8,
+        block_size=block,
+        accuracy_level=INT8_ACTIVATIONS,
+    )
+    edits.replace(node.outputs[0], product.outputs[0])
+    edits.graph.remove(node, safe=True)
 
 
 def _matrix(node: ir.Node) -> FloatArray | None:

@@ -5,7 +5,7 @@ A traced decoder appends keys and values to a cache by operators of its own and 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -14,8 +14,6 @@ from onnx.reference import ReferenceEvaluator
 
 from lmopt.backends.torch.fused.edits import Edits
 from lmopt.backends.torch.fused.operators import MICROSOFT
-from lmopt.backends.torch.graph import inputs_of
-from lmopt.signature import SOURCE_MASK, Signature
 from lmopt.types import BATCH, PAST, SEQUENCE, SOURCE, TOTAL, AnyArray, FloatArray, TensorSpec
 
 _OPERATOR: Final = "MultiHeadAttention"
@@ -47,18 +45,19 @@ def append_inside(edits: Edits) -> None:
         edits.graph.remove(node, safe=True)
 
 
-def mask_inside(edits: Edits, signature: Signature, longest: int) -> None:
-    """Let attention know by an attribute that it looks back only, and by `encoder_attention_mask` what is padding.
+def mask_inside(edits: Edits, inputs: Sequence[TensorSpec], padded: str, longest: int) -> None:
+    """Let attention know by an attribute that it looks back only, and by a graph's own input what is padding.
 
     What a mask says is found by computing it alone, for several sizes, and once for the longest row, where a window
     would show.
 
     Args:
-        edits: The graph of a decoder, its inputs those of the signature, in that order.
-        signature: Names and axes.
+        edits: The graph of an encoder or a decoder.
+        inputs: Names and axes of its inputs, in their order.
+        padded: Which of them tells tokens of sources from padding.
         longest: Tokens that a row may come to.
     """
-    trial = _Trial(edits, signature, longest)
+    trial = _Trial(edits, inputs, padded, longest)
     known: dict[int, str] = {}
     padding: ir.Value | None = None
     for node in [one for one in edits.graph if one.op_type == _OPERATOR]:
@@ -73,8 +72,9 @@ def mask_inside(edits: Edits, signature: Signature, longest: int) -> None:
             node.attributes["unidirectional"] = ir.AttrInt64("unidirectional", 1)
         elif known[id(mask)] == "padding" and not appends:
             if padding is None:
-                source = trial.inputs[SOURCE_MASK]
-                padding = edits.node("Cast", [source], edits.graph[0], to=int(ir.DataType.INT32)).outputs[0]
+                padding = edits.node(
+                    "Cast", [trial.inputs[padded]], edits.graph[0], to=int(ir.DataType.INT32)
+                ).outputs[0]
             node.replace_input_with(_PADDING, padding)
             node.attributes["mask_filter_value"] = ir.AttrFloat32("mask_filter_value", _LOWEST)
         else:
@@ -87,17 +87,19 @@ class _Trial:
 
     Args:
         edits: The graph.
-        signature: Names and axes of its inputs.
+        inputs: Names and axes of its inputs.
+        padded: Which of them tells tokens of sources from padding.
         longest: Tokens that a row may come to.
 
     Attributes:
         inputs: The graph's inputs by the names that they will have.
     """
 
-    def __init__(self, edits: Edits, signature: Signature, longest: int) -> None:
+    def __init__(self, edits: Edits, inputs: Sequence[TensorSpec], padded: str, longest: int) -> None:
         self._graph = edits.graph
         self._model = edits.model
-        self._specs = {one.name: one for one in inputs_of(signature)}
+        self._specs = {one.name: one for one in inputs}
+        self._padded = padded
         self.inputs = dict(zip(self._specs, edits.graph.inputs, strict=True))
         self._longest = longest
 
@@ -114,7 +116,7 @@ class _Trial:
         }
         leaves = {name: uses for name, uses in leaves.items() if uses}
         by_value = [name for name, uses in leaves.items() if any(use.node.op_type != "Shape" for use in uses)]
-        if by_value not in ([], [SOURCE_MASK]):
+        if by_value not in ([], [self._padded]):
             return ""
         part = ir.convenience.extract(self._graph, [self.inputs[name] for name in leaves], [mask])
         for given, name in zip(part.inputs, leaves, strict=True):
@@ -128,7 +130,7 @@ class _Trial:
         def added(batch: int, past: int, new: int, seen: AnyArray) -> FloatArray:
             axes = {BATCH: batch, SEQUENCE: new, PAST: past, TOTAL: past + new, SOURCE: seen.shape[1]}
             feeds = {name: _zeros(self._specs[name], axes) for name in leaves}
-            feeds |= {SOURCE_MASK: seen} if SOURCE_MASK in leaves else {}
+            feeds |= {self._padded: seen} if self._padded in leaves else {}
             (found,) = evaluator.run(None, feeds)
             return np.asarray(found, np.float32)
 

@@ -1,0 +1,161 @@
+"""Let what works token by token skip the padding of sources of unequal length.
+
+Between attentions an encoder treats each token alone. There its tokens lie in one matrix `(tokens, size)` without those
+of padding; attention gets them back in rows, where a padded place holds some token, which the mask hides. A batch of
+sources of 10 to 40 tokens computes two thirds of what it would.
+"""
+
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from lmopt.backends.torch.fused.edits import Edits
+from lmopt.signature import TOKENS
+
+_ELEMENTWISE: Final = frozenset(
+    {"Add", "Div", "Mul", "Pow", "Sub"}  # of two
+    | {"Abs", "Cast", "Clip", "Erf", "Exp", "Neg", "Reciprocal", "Sqrt"}
+    | {
+        "Elu",
+        "Gelu",
+        "HardSigmoid",
+        "HardSwish",
+        "LeakyRelu",
+        "QuickGelu",
+        "Relu",
+        "Sigmoid",
+        "Softplus",
+        "Tanh",
+    }
+)
+_ALONG_SIZE: Final = frozenset(
+    {
+        "LayerNormalization",
+        "RMSNormalization",
+        "SimplifiedLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    }
+)
+_REDUCING: Final = frozenset({"ReduceMax", "ReduceMean", "ReduceSum", "ReduceSumSquare"})
+_PRODUCTS: Final = frozenset({"MatMul", "FusedMatMul", "MatMulNBits"})
+_MOVING: Final = frozenset({"Reshape", "Transpose"})
+_ROWS: Final = 3
+# Query, key and value stand before it.
+_MASK: Final = 4
+
+
+def skip_padding(edits: Edits, mask: ir.Value) -> int:
+    """Take the padding out of all that a graph computes token by token.
+
+    Args:
+        edits: The graph of an encoder; changed in place. Names of values that lose their padding end in `TOKENS`.
+        mask: `(batch, source)`, 1 at tokens and 0 at padding.
+
+    Returns:
+        How many nodes skip it. 0, and the graph is as before, where there is no product among them, or others than
+        attention read what they give: what these make of padding may matter (a convolution).
+    """
+    alone = _token_by_token(edits.graph, mask)
+    left = [use for node in alone for value in node.outputs for use in value.uses() if use.node not in alone]
+    if not any(node.op_type in _PRODUCTS for node in alone) or not all(map(_padding_is_hidden, left)):
+        return 0
+    ranks = {node: rank for rank, node in enumerate(edits.graph)}
+    apply = edits.inserting(edits.graph[0])
+    flat = edits.constant(np.array([-1], np.int64), "flat")
+    ones = apply("Cast", apply("Reshape", mask, flat), to=int(ir.DataType.INT64))
+    tokens = apply("Squeeze", apply("NonZero", ones), edits.constant(np.array([0], np.int64), "first"))
+    before = apply("CumSum", ones, edits.constant(np.array(0, np.int64), "along"))
+    # Padding takes the token before it; what stands before the first token takes that.
+    nearest = apply("Max", apply("Sub", before, edits.constant(np.array(1, np.int64), "one")),
+                    edits.constant(np.array(0, np.int64), "along"))  # fmt: skip
+    places = apply("Reshape", nearest, apply("Shape", mask))
+    packed: dict[ir.Value, ir.Value] = {}
+    made = [value for node in alone for value in node.outputs]
+    inside = set(made)
+    for node in alone:
+        for place, value in enumerate(node.inputs):
+            if value is None or value.const_value is not None or value in inside:
+                continue
+            if value not in packed:
+                assert value.shape is not None
+                apply = edits.inserting(node)
+                lines = apply(
+                    "Reshape", value, edits.constant(np.array([-1, value.shape[2]], np.int64), "lines")
+                )
+                packed[value] = apply("Gather", lines, tokens, axis=0)
+                packed[value].type = value.type
+            node.replace_input_with(place, packed[value])
+    for value in made:
+        outside = [use for use in value.uses() if use.node not in alone]
+        rows, size = value.shape, None if value.shape is None else value.shape[-1]
+        value.shape, value.name = ir.Shape([None, size]), f"{value.name}{TOKENS}"
+        if outside:
+            taker = min((use.node for use in outside), key=ranks.__getitem__)
+            whole = edits.node("Gather", [value, places], taker, axis=0).outputs[0]
+            whole.type, whole.shape = value.type, rows
+            for use in outside:
+                use.node.replace_input_with(use.idx, whole)
+    return len(alone)
+
+
+def _token_by_token(graph: ir.Graph, mask: ir.Value) -> dict[ir.Node, None]:
+    """Find the nodes that read and give values `(batch, source, size)` and mix none of their tokens, in their order."""
+    source = None if mask.shape is None else mask.shape[1]
+    found: dict[ir.Node, None] = {}
+    inside: set[ir.Value] = set()
+    for node in graph:
+        if node.outputs[0].is_graph_output() or not _keeps_apart(node):
+            continue
+        shown = [value for value in node.inputs if value is not None and value.const_value is None]
+        if shown and all(value in inside or _is_rows(value, source) for value in shown):
+            found[node] = None
+            inside.update(node.outputs)
+    return found
+
+
+def _padding_is_hidden(use: tuple[ir.Node, int]) -> bool:
+    """Say whether a reader of rows looks away from padding, or hands them out for those who do."""
+    node, place = use
+    if node.op_type == "MultiHeadAttention":
+        return place < _MASK < len(node.inputs) and node.inputs[_MASK] is not None
+    return node.op_type in _MOVING and all(
+        value.is_graph_output() or (bool(value.uses()) and all(map(_padding_is_hidden, value.uses())))
+        for value in node.outputs
+    )
+
+
+def _is_rows(value: ir.Value, source: int | ir.SymbolicDim | None) -> bool:
+    """Say whether a value is `(batch, source, size)` for sure."""
+    shape = value.shape
+    return (
+        shape is not None
+        and len(shape) == _ROWS
+        and shape[1] == source
+        and not isinstance(shape[0], int)
+        and shape[0] != source
+        and isinstance(shape[2], int)
+    )
+
+
+def _keeps_apart(node: ir.Node) -> bool:
+    """Say whether a node does the same with each vector `(size,)` of what it reads, its constants being no rows."""
+    constants = [value for value in node.inputs if value is not None and value.const_value is not None]
+    vectors = all(len(value.const_value.shape) <= 1 for value in constants if value.const_value is not None)
+    if node.op_type in _ELEMENTWISE:
+        return vectors
+    if node.op_type in _ALONG_SIZE:
+        axis = node.attributes.get("axis")
+        return vectors and (axis is None or axis.as_int() == -1)
+    if node.op_type in _REDUCING:
+        axes = node.inputs[1] if len(node.inputs) > 1 else None
+        kept = node.attributes.get("keepdims")
+        return (
+            axes is not None
+            and axes.const_value is not None
+            and axes.const_value.numpy().tolist() == [-1]
+            and (kept is None or kept.as_int() == 1)
+        )
+    if node.op_type in _PRODUCTS:
+        return all(value is None or value.const_value is not None for value in node.inputs[1:])
+    return False
