@@ -26,12 +26,20 @@ def known_operators() -> Iterator[None]:
     except (ImportError, AttributeError, KeyError):
         yield
         return
+    with replacing(ONNXRegistry, _NAME, _remembering(reading.__func__, ONNXRegistry)):
+        yield
+
+
+@contextlib.contextmanager
+def replacing(owner: Any, name: str, by: Any) -> Iterator[None]:
+    """Replace something of torch's own while the block runs, in one thread at a time."""
     with _replacing:
-        setattr(ONNXRegistry, _NAME, _remembering(reading.__func__, ONNXRegistry))
+        before = vars(owner)[name]
+        setattr(owner, name, by)
         try:
             yield
         finally:
-            setattr(ONNXRegistry, _NAME, reading)
+            setattr(owner, name, before)
 
 
 @functools.cache

@@ -1,0 +1,204 @@
+"""Spare torch's exporter a second trace of a program that needs none: half of an export's time.
+
+Before it translates a program, `torch.onnx` traces it once more to take apart what it has no translation of. What a
+trace holds it can translate but for a few operators (casts, checks, dropout that drops nothing), which are rewritten
+here in place, and for programs with anything else it traces as ever.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeAlias
+
+import torch
+
+from lmopt.backends.torch.registering import replacing
+
+_NAME: Final = "decompose_with_registry"
+_aten: Final = torch.ops.aten
+_Rewriting: TypeAlias = Callable[[Any, Any], None]
+
+
+@contextlib.contextmanager
+def decomposed_in_place() -> Iterator[None]:
+    """Let torch's exporter trace only what it must while the block runs; where torch has moved the places, all."""
+    try:
+        from torch._export.utils import _is_cia_op, _is_preservable_cia_op
+        from torch.onnx._internal.exporter import _decomp, _fx_passes
+
+        tracing = getattr(_fx_passes, _NAME)
+        implemented = _decomp.get_onnx_implemented_overloads
+    except (ImportError, AttributeError):
+        yield
+        return
+
+    def decompose(program: Any, registry: Any) -> Any:
+        translated = set(implemented(registry))
+
+        def stays(target: Any) -> bool:
+            if target not in translated or not isinstance(target, torch._ops.OpOverload):
+                return target in translated
+            return not target._schema.is_mutable and (
+                not _is_cia_op(target) or _is_preservable_cia_op(target)
+            )
+
+        return program if rewritten(program.graph_module, stays) else tracing(program, registry)
+
+    with replacing(_fx_passes, _NAME, decompose):
+        yield
+
+
+def rewritten(module: Any, stays: Callable[[Any], bool]) -> bool:
+    """Rewrite what has no translation, if it is plain.
+
+    Args:
+        module: The graph of an exported program; changed in place, to what computes the same.
+        stays: Says of an operator whether it has a translation and a second trace would leave it alone.
+
+    Returns:
+        Whether all operators of the graph have one now. Where not, the graph is as it was.
+    """
+    graph = module.graph
+    for node in graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), torch.nn.Module):
+            return False  # a branch or a loop
+        if node.op == "call_function" and not (
+            node.target in _REWRITINGS
+            or node.target in _CHECKS
+            or stays(node.target)
+            or _changes_its_own(node)
+        ):
+            return False
+    for node in [one for one in graph.nodes if one.target in _IN_PLACE]:
+        _compute_anew(node)
+    for node in reversed(list(graph.nodes)):
+        # What nobody reads goes first, and checks with it, so that nothing is kept for them.
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _REWRITINGS:
+            _REWRITINGS[node.target](graph, node)
+    module.recompile()
+    return True
+
+
+def _changes_its_own(node: Any) -> bool:
+    """Say whether an operator in place changes what another has computed, and nobody looks at that in another shape."""
+    if node.target not in _IN_PLACE or node.args[0].op != "call_function":
+        return False
+    changed = node.args[0].meta["val"].dtype
+    if any(isinstance(one, torch.fx.Node) and one.meta["val"].dtype != changed for one in node.args[1:]):
+        return False  # the other form would give another type
+    own = [node.args[0], *(one for one in node.args[0].users if one is not node)]
+    return all(isinstance(one.target, torch._ops.OpOverload) and not _shows(one.target) for one in own)
+
+
+def _shows(target: Any) -> bool:
+    """Say whether a result of an operator may be the memory of what it was given."""
+    if target in _IN_PLACE:
+        return False  # it comes to give memory of its own
+    return target in _REWRITINGS or any(one.alias_info is not None for one in target._schema.returns)
+
+
+def _compute_anew(node: Any) -> None:
+    """Write an operator in place as one that is not; who comes after it reads its result."""
+    changed = node.args[0]
+    node.target = _IN_PLACE[node.target]
+    behind = False
+    for other in node.graph.nodes:
+        if behind:
+            other.replace_input_with(changed, node)
+        behind = behind or other is node
+
+
+def _cast(graph: Any, node: Any) -> None:
+    """`to`, in all its forms, is a cast or nothing."""
+    source = node.args[0]
+    dtype = node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype and not _is_given(node):
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+        return
+    node.target, node.args, node.kwargs = _aten._to_copy.default, (source,), {"dtype": dtype}
+
+
+def _pass_on(graph: Any, node: Any) -> None:
+    """Of what trains nothing, dropout and copies give what they get."""
+    if node.target is _aten.dropout.default and node.args[2] is not False:
+        return
+    if _is_given(node):
+        node.target, node.args, node.kwargs = _aten.clone.default, node.args[:1], {}
+        return
+    node.replace_all_uses_with(node.args[0])
+    graph.erase_node(node)
+
+
+def _flatten(graph: Any, node: Any) -> None:
+    """Write the sizes that a flattened value has before and after the joined axes."""
+    source, *axes = node.args
+    first, last = (axes[0] if axes else 0), (axes[1] if len(axes) > 1 else -1)
+    sizes = source.meta["val"].shape
+    if not len(sizes):
+        return
+    before, behind = first % len(sizes), last % len(sizes) + 1
+
+    def size(axis: int) -> Any:
+        if isinstance(sizes[axis], int):
+            return sizes[axis]
+        with graph.inserting_before(node):
+            found = graph.call_function(_aten.sym_size.int, (source, axis))
+        found.meta["val"] = sizes[axis]
+        return found
+
+    joined = [*map(size, range(before)), -1, *map(size, range(behind, len(sizes)))]
+    node.target, node.args, node.kwargs = _aten.reshape.default, (source, joined), {}
+
+
+def _leave(graph: Any, node: Any) -> None:
+    """A second trace would turn it into a view or a copy, which are written alike."""
+
+
+def _plain_operator(target: Any) -> _Rewriting:
+    def rewrite(graph: Any, node: Any) -> None:
+        node.target = target
+
+    return rewrite
+
+
+def _is_given(node: Any) -> bool:
+    """Say whether a node is a result of the program, which keeps its name."""
+    return any(user.op == "output" for user in node.users)
+
+
+_CHECKS: Final = frozenset(
+    {
+        _aten._assert_async.default,
+        _aten._assert_async.msg,
+        _aten._assert_scalar.default,
+        _aten._assert_tensor_metadata.default,
+        _aten.sym_constrain_range.default,
+        _aten.sym_constrain_range_for_size.default,
+    }
+)
+_IN_PLACE: Final = {
+    _aten.add_.Tensor: _aten.add.Tensor,
+    _aten.sub_.Tensor: _aten.sub.Tensor,
+    _aten.mul_.Tensor: _aten.mul.Tensor,
+    _aten.div_.Tensor: _aten.div.Tensor,
+}
+_REWRITINGS: Final[dict[Any, _Rewriting]] = {
+    _aten.to.dtype: _cast,
+    _aten.to.dtype_layout: _cast,
+    _aten.to.device: _cast,
+    _aten.to.other: _cast,
+    _aten.dropout.default: _pass_on,
+    _aten.contiguous.default: _pass_on,
+    _aten.detach.default: _pass_on,
+    _aten.detach_.default: _pass_on,
+    _aten.lift_fresh_copy.default: _pass_on,
+    _aten.reshape.default: _leave,
+    _aten.flatten.using_ints: _flatten,
+    _aten.min.other: _plain_operator(_aten.minimum.default),
+    _aten.max.other: _plain_operator(_aten.maximum.default),
+    _aten.__and__.Tensor: _plain_operator(_aten.bitwise_and.Tensor),
+    _aten.__or__.Tensor: _plain_operator(_aten.bitwise_or.Tensor),
+}
