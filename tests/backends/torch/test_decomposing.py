@@ -137,8 +137,11 @@ def test_a_second_trace_would_write_the_same(make: Any, monkeypatch: pytest.Monk
         model, said = translated(make(), arguments, monkeypatch)
         assert said == [True] * (manager is decomposing.decomposed_in_place)
         kinds.append(Counter(node.op_type for node in model.graph))
-    # But for the constants of what nobody reads.
-    assert {**kinds[0], "Constant": 0} == {**kinds[1], "Constant": 0}
+    # But for the constants of what nobody reads, and copies.
+    ours, theirs = (
+        {one: n for one, n in kind.items() if one not in ("Constant", "Identity")} for kind in kinds
+    )
+    assert ours == theirs
 
 
 def test_where_torch_has_moved_the_place_it_traces_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from lmopt.backends.torch.decomposing import decomposed_in_place
+from lmopt.backends.torch.promoting import promoted_where_needed
 from lmopt.backends.torch.quieting import quiet
 from lmopt.backends.torch.registering import known_operators
 from lmopt.backends.torch.tracing import plain_reason, unencumbered
@@ -112,7 +113,7 @@ def translate(
 
 def as_operators(program: torch.export.ExportedProgram, arguments: tuple[Any, ...], opset: int) -> ir.Model:
     """Do what `translate` does, with torch's own errors."""
-    with quiet(), unencumbered(), known_operators(), decomposed_in_place():
+    with quiet(), unencumbered(), known_operators(), decomposed_in_place(), promoted_where_needed():
         translated = torch.onnx.export(program, arguments, opset_version=opset, optimize=False, verbose=False)
     assert translated is not None
     model: ir.Model = translated.model
