@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lmopt.checking import check_step
 from lmopt.errors import CorruptArtifactError, ShapeError, TokenIdError, UnsupportedError
-from lmopt.signature import ArrayState, Signature, present_name
+from lmopt.signature import ArrayState, Signature, present_name, together
 from lmopt.types import BATCH, PAST, SEQUENCE, TOTAL, AnyArray, FloatArray, IntArray, TensorSpec
 
 VOCAB = 13
@@ -357,3 +357,54 @@ def test_a_graph_that_is_no_decoder_is_refused(
 ) -> None:
     with pytest.raises(CorruptArtifactError, match=words):
         Signature.from_graph(inputs, outputs)
+
+
+SOURCED = Signature.from_graph(
+    [
+        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),
+        TensorSpec("past_key_values.0.decoder.key", "float32", ("batch_size", 1, "past_sequence_length", 2)),
+        TensorSpec(
+            "past_key_values.0.encoder.key", "float32", ("batch_size", 1, "encoder_sequence_length", 2)
+        ),
+        TensorSpec("encoder_attention_mask", "int64", ("batch_size", "encoder_sequence_length")),
+    ],
+    [
+        TensorSpec("logits", "float32", ("batch_size", "sequence_length", 8)),
+        TensorSpec("present.0.decoder.key", "float32", ("batch_size", 1, "total_sequence_length", 2)),
+    ],
+)
+
+
+@pytest.mark.parametrize("signature", [SOURCED, SOURCED.sharing_sources()], ids=["each its own", "shared"])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_rows_keep_their_sources_however_they_move(signature: Signature, data: st.DataObject) -> None:
+    """Each row's source holds its own number, so that it shows whose it is."""
+
+    def read(first: int, number: int) -> tuple[ArrayState, list[int]]:
+        state = signature.begin(number)
+        numbers = np.arange(first, first + number)
+        state.sources = numbers
+        width = data.draw(st.integers(1, 4))
+        state.tensors["past_key_values.0.encoder.key"] = np.full(
+            (number, 1, width, 2), 1.0, np.float32
+        ) * numbers[:, None, None, None].astype(np.float32)
+        state.tensors["encoder_attention_mask"] = np.ones((number, width), np.int64)
+        return state, numbers.tolist()
+
+    state, expected = read(1, data.draw(st.integers(1, 3)))
+    for step in range(4):
+        rows = np.array(data.draw(st.lists(st.integers(0, len(expected) - 1), min_size=1, max_size=6)))
+        if data.draw(st.booleans()):
+            rows = np.repeat(rows, 2)
+        state, expected = signature.select(state, rows), [expected[row] for row in rows]
+        if data.draw(st.booleans()):
+            other, more = read(10 * (step + 1), data.draw(st.integers(1, 2)))
+            state, expected = signature.join([state, other]), expected + more
+        state = signature.rewind(state, np.zeros(len(expected), np.int64))
+        key = signature.held(state)["past_key_values.0.encoder.key"]
+        assert key[:, 0, 0, 0].tolist() == expected
+        assert list(signature.held(state)) == ["past_key_values.0.encoder.key"]
+        stored = len(state.tensors["past_key_values.0.encoder.key"])
+        assert stored == len(state.tensors["encoder_attention_mask"])
+        assert stored == len(expected) // (together(np.array(expected)) if signature.shares_sources else 1)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+# Before Python 3.12 `isinstance` of the standard library's takes 30 times as long, and each call of an engine asks it.
 from typing_extensions import Protocol, runtime_checkable
 
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts

@@ -8,9 +8,9 @@ here once, on NumPy arrays, for the built-in engines and for strangers.
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -36,8 +36,6 @@ LOGITS = "logits"
 LOGITS_TO_KEEP = "logits_to_keep"
 INPUT_FEATURES = "input_features"
 SOURCE_MASK = "encoder_attention_mask"
-TOKENS = ".tokens"
-"""How the names of values end that hold the tokens of all sources one after the other, `(tokens, size)`, no padding."""
 
 _KEY_VALUE = re.compile(r"past_key_values\.(\d+)\.((?:encoder\.|decoder\.)?(?:key|value))")
 _PLAIN = re.compile(r"past_state\.(.+)")
@@ -146,6 +144,8 @@ class ArrayState:
     padding_side: PaddingSide = "right"
     sources: IntArray | None = None
 
+
+Take: TypeAlias = Callable[[Any, IntArray, int], Any]
 
 _numbers = itertools.count()
 
@@ -286,31 +286,59 @@ class Signature:
             feeds[POSITION_IDS] = position
         return Step(feeds, mask, state.lengths + new, new, state.padding_side)
 
-    def select(self, state: ArrayState, rows: IntArray) -> ArrayState:
-        """Keep, drop, reorder or repeat rows of a state of NumPy arrays."""
-        rows = np.asarray(rows, np.int64)
-        tensors = {
-            one.past.name: np.take(state.tensors[one.past.name], rows, axis=one.batch_axis)
-            for one in self.moving(state, rows)
-        }
-        return self.selected(state, rows, tensors)
+    def select(self, state: ArrayState, rows: IntArray, take: Take = np.take) -> ArrayState:
+        """Keep, drop, reorder or repeat rows.
 
-    def moving(self, state: ArrayState, rows: IntArray) -> tuple[StateTensor, ...]:
-        """List the tensors that change where rows are selected.
+        Beams of one source change places all the time, and what they hold of it, most of their state, is left alone.
 
-        Beams of one source change places all the time, and what they hold of it, most of their state, is the same.
+        Args:
+            state: State before; not changed.
+            rows: `(n,)` int64, where the new rows stand in it.
+            take: Copies some rows of a tensor along an axis, as `np.take` does of arrays.
         """
-        sources = state.sources
-        if sources is None or not np.array_equal(sources[rows], sources):
-            return self.state
-        return tuple(one for one in self.state if one.present)
-
-    def selected(self, state: ArrayState, rows: IntArray, tensors: Mapping[str, Any]) -> ArrayState:
-        """Give the state of selected rows, where `tensors` has what has moved."""
+        rows = np.asarray(rows, np.int64)
+        moved = {
+            one.past.name: take(state.tensors[one.past.name], rows, one.batch_axis) for one in self.changing
+        }
         sources = None if state.sources is None else state.sources[rows]
-        return ArrayState(
-            state.tensors | dict(tensors), state.mask[rows], state.lengths[rows], state.padding_side, sources
+        after = ArrayState(
+            state.tensors | moved, state.mask[rows], state.lengths[rows], state.padding_side, sources
         )
+        number = self._rows_a_source(state)
+        known = None if state.sources is None else state.sources[::number]
+        return self._holding(after, rows // number, known, take)
+
+    def _rows_a_source(self, state: ArrayState) -> int:
+        """How many rows hold one row of what the state holds of sources."""
+        return together(state.sources) if self.shares_sources and state.sources is not None else 1
+
+    def _holding(self, state: ArrayState, places: IntArray, known: IntArray | None, take: Take) -> ArrayState:
+        """Let a state hold of sources what its rows need.
+
+        Args:
+            state: Whose tensors still hold what they held before its rows came together.
+            places: `(batch,)` int64, where each row's source stands in them.
+            known: Numbers of the sources as they stand in them, if there are any.
+            take: As for `select`.
+        """
+        number = self._rows_a_source(state)
+        if known is not None and state.sources is not None and np.array_equal(state.sources[::number], known):
+            return state
+        held = {
+            one.past.name: take(state.tensors[one.past.name], places[::number], one.batch_axis)
+            for one in self.state
+            if not one.present
+        }
+        return replace(state, tensors=state.tensors | held)
+
+    def held(self, state: ArrayState, take: Take = np.take) -> dict[str, Any]:
+        """Give what each row holds of its source, by the names of inputs, the mask left out; `take` as for `select`."""
+        rows = np.arange(len(state.lengths)) // self._rows_a_source(state)
+        return {
+            one.past.name: take(state.tensors[one.past.name], rows, one.batch_axis)
+            for one in self.state
+            if not one.present and one.past.name != SOURCE_MASK
+        }
 
     @property
     def changing(self) -> tuple[StateTensor, ...]:
@@ -385,9 +413,9 @@ class Signature:
             one.past.name: state.tensors[one.past.name][
                 (slice(None),) * (one.past_axis or 0) + (slice(slots),)
             ]
-            for one in self.state
+            for one in self.changing
         }
-        return replace(state, tensors=tensors, mask=mask, lengths=kept)
+        return replace(state, tensors=state.tensors | tensors, mask=mask, lengths=kept)
 
     def pads(self, states: Sequence[ArrayState]) -> list[int]:
         """Say how many slots each state's past lacks to share a batch with the longest.
@@ -423,7 +451,21 @@ class Signature:
             tensors[one.past.name] = np.concatenate(parts, axis=one.batch_axis)
         mask = np.concatenate([_pad_left(one.mask, 1, pad) for one, pad in zip(states, pads, strict=True)])
         lengths = np.concatenate([one.lengths for one in states])
-        return ArrayState(tensors, mask, lengths, states[0].padding_side, joined_sources(states))
+        joined = ArrayState(tensors, mask, lengths, states[0].padding_side, joined_sources(states))
+        numbers = [self._rows_a_source(one) for one in states]
+        known = [
+            one.sources[::number]
+            for one, number in zip(states, numbers, strict=True)
+            if one.sources is not None
+        ]
+        if len(known) < len(states):
+            return joined
+        before = np.cumsum([0, *(one.size for one in known)])
+        places = [
+            first + np.arange(len(one.lengths)) // number
+            for first, one, number in zip(before[:-1], states, numbers, strict=True)
+        ]
+        return self._holding(joined, np.concatenate(places), np.concatenate(known), np.take)
 
 
 def joined_sources(states: Sequence[ArrayState]) -> IntArray | None:

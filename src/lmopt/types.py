@@ -18,6 +18,8 @@ PAST: Final = "past_sequence_length"
 TOTAL: Final = "total_sequence_length"
 SOURCE: Final = "encoder_sequence_length"
 SOURCES: Final = "source_batch_size"
+TOKENS: Final = "source_tokens"
+"""Tokens of all sources one after the other, no padding. Names of an encoder's values that have it end in it."""
 
 DTYPE_BYTES: Final[dict[str, int]] = {
     "float64": 8,

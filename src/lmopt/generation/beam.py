@@ -5,6 +5,10 @@ still be looked at while others go on, but nothing is added to its result any mo
 the batch.
 """
 
+import contextlib
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,6 +28,7 @@ from lmopt.generation.stopping import Detokenizer
 from lmopt.types import FloatArray, IntArray
 
 _IMPOSSIBLE: Final = np.float32(-1.0e9)  # transformers' mark for "must not be chosen"
+_LARGE: Final = 1 << 18  # logits that several threads read in less time than one
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +70,36 @@ class _Search:
         """What each running beam has seen."""
         return [History(line, self.length, self.row.history.prompt_length) for line in self.tokens]
 
-    def step(
-        self, scores: FloatArray, less: FloatArray, logits: FloatArray, normalizers: FloatArray
-    ) -> IntArray:
-        """Read the scores of all continuations and choose the beams that go on.
+    def read(self, logits: FloatArray, fuse: Callable[[FloatArray], FloatArray] | None = None) -> IntArray:
+        """Read the logits of all continuations and choose the beams that go on.
 
         Args:
-            scores: `(beams, vocab_size)`, what the processors left.
-            less: `(beams,)`; scores less these are log-probabilities after the processors.
             logits: `(beams, vocab_size)`, as the model gave them.
-            normalizers: `(beams,)`; logits less these are log-probabilities.
+            fuse: Makes scores of log-probabilities; where `None` they are the scores.
 
         Returns:
             `(beams,)` int64, the beam that each new beam continues.
         """
+        room = np.empty_like(logits[0])
+        normalizers = np.array([log_normalizer(line, out=room) for line in logits], np.float32)
+        processors = self.row.processors
+        scores, less = logits, normalizers
+        if fuse is not None or not all(processor.only_bans for processor in processors):
+            scores, less = logits - normalizers[:, None], np.zeros_like(normalizers)
+            if fuse is not None:
+                scores = fuse(scores)
+        elif processors:
+            scores = logits.copy()
+        if processors:
+            for line, history in zip(scores, self.histories(), strict=True):
+                for processor in processors:
+                    processor(line, history)
+        return self._choose(scores, less, logits, normalizers)
+
+    def _choose(
+        self, scores: FloatArray, less: FloatArray, logits: FloatArray, normalizers: FloatArray
+    ) -> IntArray:
+        """Choose the beams that go on by `scores - less`; `logits - normalizers` are what the model itself says."""
         beams = len(scores)
         count = max(2, 1 + len(self._config.eos_ids)) * beams
         parents, ids, best_scores = largest_sums(scores, less, self.scores, count)
@@ -196,7 +217,7 @@ def beam_search(
         For each prompt its `num_return_sequences` best sequences, best first.
     """
     engine = for_unequal_rows(engine)
-    processors, beams = rows[0].processors, config.num_beams
+    beams = config.num_beams
     searches = [_Search(row, config) for row in rows]
     interruption.mark(rows)
     active = [search for search in searches if search.row.finish_reason is None]
@@ -214,36 +235,55 @@ def beam_search(
     for line, search in zip(input_ids, active, strict=True):
         line[: search.length] = search.row.history.seen
     logits, state = engine.forward(input_ids, lengths, state, last_only=True)
-    only_bans = all(processor.only_bans for processor in processors)
-    room = np.empty(engine.facts.vocab_size, np.float32)
     repeats = np.repeat(np.arange(len(active)), beams)
     logits, state = logits[repeats], engine.select(state, repeats)
-    while True:
-        parents = []
-        for number, search in enumerate(active):
-            mine = slice(number * beams, (number + 1) * beams)
-            lines = logits[mine, -1]
-            normalizers = np.array([log_normalizer(line, out=room) for line in lines], np.float32)
-            scores, less = lines, normalizers
-            if companion is not None or not only_bans:
-                scores, less = lines - normalizers[:, None], np.zeros_like(normalizers)
-                if companion is not None:
-                    scores = companion.add(scores, mine)
-            elif processors:
-                scores = lines.copy()
-            if processors:
-                for line, history in zip(scores, search.histories(), strict=True):
-                    for processor in processors:
-                        processor(line, history)
-            parents.append(number * beams + search.step(scores, less, lines, normalizers))
-        interruption.mark(search.row for search in active if not search.done)
-        kept = [n for n, one in enumerate(active) if not one.done and one.row.finish_reason is None]
-        if not kept:
-            return [search.results(tokenizer) for search in searches]
-        active = [active[number] for number in kept]
-        continued = np.concatenate([parents[number] for number in kept])
-        state = engine.select(state, continued)
-        input_ids = np.concatenate([search.tokens[:, search.length - 1] for search in active])[:, None]
-        if companion is not None:
-            companion.follow(continued, input_ids)
-        logits, state = engine.forward(input_ids, np.ones(len(input_ids), np.int64), state, last_only=True)
+    pool = None
+    # Stop strings are looked for with the caller's tokenizer, which may not bear two threads.
+    if (
+        len(active) > 1
+        and logits.size >= _LARGE
+        and not rows[0].stops
+        and (at_once := engine.report().threads) > 1
+    ):
+        pool = ThreadPoolExecutor(at_once)
+    with pool or contextlib.nullcontext():
+        while True:
+            parents = _side_by_side(active, logits[:, -1], companion, pool)
+            interruption.mark(search.row for search in active if not search.done)
+            kept = [n for n, one in enumerate(active) if not one.done and one.row.finish_reason is None]
+            if not kept:
+                return [search.results(tokenizer) for search in searches]
+            active = [active[number] for number in kept]
+            continued = np.concatenate([parents[number] for number in kept])
+            state = engine.select(state, continued)
+            input_ids = np.concatenate([search.tokens[:, search.length - 1] for search in active])[:, None]
+            if companion is not None:
+                companion.follow(continued, input_ids)
+            logits, state = engine.forward(
+                input_ids, np.ones(len(input_ids), np.int64), state, last_only=True
+            )
+
+
+def _side_by_side(
+    searches: list[_Search], logits: FloatArray, companion: Companion | None, pool: ThreadPoolExecutor | None
+) -> list[IntArray]:
+    """Let searches read the logits after their beams, several at once.
+
+    Args:
+        searches: Searches of equally many beams.
+        logits: `(searches * beams, vocab_size)`.
+        companion: The language model that has a say.
+        pool: Threads, of which NumPy makes use; `None` for this one alone.
+
+    Returns:
+        For each search the rows that its new beams continue.
+    """
+    beams = len(logits) // len(searches)
+
+    def read(number: int) -> IntArray:
+        mine = slice(number * beams, (number + 1) * beams)
+        fuse = None if companion is None else functools.partial(companion.add, rows=mine)
+        return number * beams + searches[number].read(logits[mine], fuse)
+
+    numbers = range(len(searches))
+    return list((map if pool is None else pool.map)(read, numbers))

@@ -133,3 +133,47 @@ def test_a_mask_of_the_source_is_handed_on_as_it_is(border: int, taken: bool) ->
     if taken:
         assert node.inputs[4].producer().inputs[0].name == "source_mask"
         assert node.attributes["mask_filter_value"].as_float() == np.finfo(np.float32).min
+
+
+WINDOW = """
+<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+g (int64[b,s] ids, int64[b,s] padded, float[b,s,8] x) => (float[b,s,8] out)
+<float lowest = {{-3.4e38}}, float zero = {{0}}, int64 window = {{ {window} }}, int64 first = {{0}}, int64 one = {{1}},
+ int64[1] axis0 = {{0}}, int64[1] axis1 = {{1}}, int64[2] middle = {{1, 2}}, int64[2] front = {{0, 1}}>
+{{
+  token = Greater (padded, first)
+  wide = Unsqueeze (token, middle)
+  length1 = Shape <start = 1, end = 2> (ids)
+  length = Squeeze (length1)
+  places = Range (first, length, one)
+  row = Unsqueeze (places, axis0)
+  column = Unsqueeze (places, axis1)
+  apart = Sub (row, column)
+  far = Abs (apart)
+  near = Less (far, window)
+  nears = Unsqueeze (near, front)
+  seen = And (wide, nears)
+  mask = Where (seen, zero, lowest)
+  out = com.microsoft.MultiHeadAttention <num_heads = 2> (x, x, x, , , mask)
+}}
+"""
+
+
+@pytest.mark.parametrize("window", [2, 64, 10_000])
+def test_a_window_of_an_encoder_is_no_padding(window: int) -> None:
+    """A short source does not show it, so that each query has a line of its own is enough."""
+    edits = graph_of(WINDOW.format(window=window))
+    inputs = [
+        TensorSpec(name, "int64", ("batch_size", "encoder_sequence_length")) for name in ("input_ids", "mask")
+    ]
+    mask_inside(edits, inputs, "mask", LONGEST)
+    node = attention(edits)
+    assert node.inputs[4] is None
+    assert node.inputs[5] is not None
+
+
+def test_sources_of_one_length_have_padding_too() -> None:
+    edits = graph_of(SOURCE.format(border=0))
+    fixed = [*inputs_of(SIGNATURE)[:-1], TensorSpec(SOURCE_MASK, "int64", ("batch_size", 20))]
+    mask_inside(edits, fixed, SOURCE_MASK, LONGEST)
+    assert attention(edits).inputs[5] is None

@@ -70,6 +70,13 @@ PLAIN = {
     "dropout is a result": lambda module, x, y: nn.functional.dropout(x * y, 0.5, training=False),
     "reshapes": lambda module, x, y: x[None].expand(2, -1, -1).flatten(0, 1).reshape(-1) @ y.repeat(2, 1).view(-1),
     "a layout": lambda module, x, y: x.transpose(0, 1).contiguous() @ y,
+    "nothing flattened": lambda module, x, y: (x[:, :0, None] * y[:, None, :]).flatten(0, 1).flatten(),
+    "an empty cache": lambda module, x, y: torch.cat(
+        [x[:, :0, None, None].expand(-1, -1, 2, 3).flatten(2), y[:, :, None].expand(-1, -1, 6)], 1
+    ),
+    "a scalar flattened": lambda module, x, y: x.sum().flatten() + y,
+    "sizes to be found": lambda module, x, y: x.reshape(-1, 2).transpose(0, 1).reshape(-1) * y.reshape(-1),
+    "in place by a number": lambda module, x, y: (x * 1).mul_(2.5),
     "flatten at the end": lambda module, x, y: (x[:, :, None] * y[:, None]).flatten(1),
     "flatten in the middle": lambda module, x, y: (x[:, :, None, None] * y[:, None, :, None]).flatten(1, 2),
     "and, or, least, largest": lambda module, x, y: torch.min(x, y).where((x > 0) & (y > 0) | (x < -1), y.max(x)),
@@ -78,6 +85,7 @@ PLAIN = {
     "in place": in_place_that_is_not_read,
 }  # fmt: skip
 OTHERS = {
+    "in place by a size": lambda module, x, y: (x * 1).add_(y.shape[0]),
     "in place on a view": in_place_on_a_view,
     "in place beside a view": in_place_with_a_view_before,
     "in place on an argument": in_place_on_an_argument,

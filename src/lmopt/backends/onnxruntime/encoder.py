@@ -9,8 +9,8 @@ from lmopt.backends.onnxruntime.graph import open_session, run_options, run_valu
 from lmopt.backends.onnxruntime.session import SessionSettings, ort
 from lmopt.contracts import ArtifactView
 from lmopt.errors import ClosedError, CorruptArtifactError, EngineError
-from lmopt.signature import ATTENTION_MASK, SOURCE_MASK, TOKENS, Signature, source_name
-from lmopt.types import AnyArray, IntArray
+from lmopt.signature import ATTENTION_MASK, SOURCE_MASK, Signature, source_name
+from lmopt.types import TOKENS, AnyArray, IntArray
 
 _HALF: Final = "tensor(float16)"
 

@@ -10,7 +10,7 @@ from lmopt.backends.onnxruntime.graph import Graph, run_values
 from lmopt.backends.onnxruntime.session import ort
 from lmopt.checking import check_sources, state_begins_with_source
 from lmopt.contracts import EngineReport, PaddingSide
-from lmopt.signature import LOGITS, SOURCE_MASK, ArrayState, StateTensor, number_sources, together
+from lmopt.signature import LOGITS, ArrayState, number_sources
 from lmopt.types import AnyArray, FloatArray, IntArray, ModelFacts
 
 
@@ -77,13 +77,8 @@ class GrowingCacheEngine:
     def encoded(self, state: ArrayState) -> Mapping[str, AnyArray]:
         """Show what rows hold of their sources."""
         self._graph.session()
-        rows = np.arange(len(state.lengths)) // self._rows_a_source(state)
         return {
-            one.past.name: np.take(state.tensors[one.past.name].numpy(), rows, axis=one.batch_axis).astype(
-                np.float32
-            )
-            for one in self._signature.state
-            if not one.present and one.past.name != SOURCE_MASK
+            name: one.numpy().astype(np.float32) for name, one in self._signature.held(state, _taken).items()
         }
 
     def forward(
@@ -112,43 +107,14 @@ class GrowingCacheEngine:
         rows = np.asarray(rows, np.int64)
         if np.array_equal(rows, np.arange(len(state.lengths))):
             return state
-        if not self._signature.shares_sources:
-            moved = _taken(state, self._signature.moving(state, rows), rows)
-            return self._signature.selected(state, rows, moved)
-        after = self._signature.selected(state, rows, _taken(state, self._signature.changing, rows))
-        return self._with_sources(after, rows // self._rows_a_source(state))
+        return self._signature.select(state, rows, _taken)
 
     def join(self, states: Sequence[ArrayState]) -> ArrayState:
         """Put the rows of several states into one batch."""
         self._graph.session()
         if len(states) == 1:
             return states[0]
-        joined = _with_ort_values(self._signature.join([_with_arrays(one) for one in states]))
-        if not self._signature.shares_sources:
-            return joined
-        sources, before = [], 0
-        for one in states:
-            number = self._rows_a_source(one)
-            sources.append(before + np.arange(len(one.lengths)) // number)
-            before += len(one.lengths) // number
-        return self._with_sources(joined, np.concatenate(sources))
-
-    def _rows_a_source(self, state: ArrayState) -> int:
-        """How many rows hold one row of what the state holds of sources."""
-        return together(state.sources) if self._signature.shares_sources and state.sources is not None else 1
-
-    def _with_sources(self, state: ArrayState, places: IntArray) -> ArrayState:
-        """Let a state hold of sources what its rows need.
-
-        Args:
-            state: Whose tensors still hold what they held before its rows came together.
-            places: `(batch,)` int64, where each row's source stands in them.
-        """
-        wanted = places[:: self._rows_a_source(state)]
-        held = tuple(one for one in self._signature.state if not one.present)
-        if np.array_equal(wanted, np.arange(state.tensors[held[0].past.name].shape()[held[0].batch_axis])):
-            return state
-        return replace(state, tensors=state.tensors | _taken(state, held, wanted))
+        return _with_ort_values(self._signature.join([_with_arrays(one) for one in states]))
 
     def rewind(self, state: ArrayState, lengths: IntArray) -> ArrayState:
         """Let each row forget all but its first tokens."""
@@ -203,12 +169,8 @@ class GrowingCacheEngine:
         return shown
 
 
-def _taken(state: ArrayState, tensors: Sequence[StateTensor], rows: IntArray) -> dict[str, "ort.OrtValue"]:
-    """Copy some rows of some tensors of a state."""
-    return {
-        one.past.name: _to_ort(np.take(state.tensors[one.past.name].numpy(), rows, axis=one.batch_axis))
-        for one in tensors
-    }
+def _taken(value: "ort.OrtValue", rows: IntArray, axis: int) -> "ort.OrtValue":
+    return _to_ort(np.take(value.numpy(), rows, axis=axis))
 
 
 def _to_ort(array: AnyArray) -> "ort.OrtValue":

@@ -6,6 +6,7 @@ here in place, and for programs with anything else it traces as ever.
 """
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeAlias
 
@@ -25,25 +26,27 @@ def decomposed_in_place() -> Iterator[None]:
         from torch._export.utils import _is_cia_op, _is_preservable_cia_op
         from torch.onnx._internal.exporter import _decomp, _fx_passes
 
-        tracing = getattr(_fx_passes, _NAME)
         implemented = _decomp.get_onnx_implemented_overloads
     except (ImportError, AttributeError):
         yield
         return
 
-    def decompose(program: Any, registry: Any) -> Any:
-        translated = set(implemented(registry))
+    def in_place(tracing: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def decompose(program: Any, registry: Any) -> Any:
+            translated = set(implemented(registry))
 
-        def stays(target: Any) -> bool:
-            if target not in translated or not isinstance(target, torch._ops.OpOverload):
-                return target in translated
-            return not target._schema.is_mutable and (
-                not _is_cia_op(target) or _is_preservable_cia_op(target)
-            )
+            def stays(target: Any) -> bool:
+                if target not in translated or not isinstance(target, torch._ops.OpOverload):
+                    return target in translated
+                return not target._schema.is_mutable and (
+                    not _is_cia_op(target) or _is_preservable_cia_op(target)
+                )
 
-        return program if rewritten(program.graph_module, stays) else tracing(program, registry)
+            return program if rewritten(program.graph_module, stays) else tracing(program, registry)
 
-    with replacing(_fx_passes, _NAME, decompose):
+        return decompose
+
+    with replacing(_fx_passes, _NAME, in_place):
         yield
 
 
@@ -86,8 +89,12 @@ def _changes_its_own(node: Any) -> bool:
     if node.target not in _IN_PLACE or node.args[0].op != "call_function":
         return False
     changed = node.args[0].meta["val"].dtype
-    if any(isinstance(one, torch.fx.Node) and one.meta["val"].dtype != changed for one in node.args[1:]):
-        return False  # the other form would give another type
+    for one in node.args[1:]:
+        value = one.meta["val"] if isinstance(one, torch.fx.Node) else None
+        if isinstance(one, torch.fx.Node) and not (
+            isinstance(value, torch.Tensor) and value.dtype == changed
+        ):
+            return False  # the other form might give another type
     own = [node.args[0], *(one for one in node.args[0].users if one is not node)]
     return all(isinstance(one.target, torch._ops.OpOverload) and not _shows(one.target) for one in own)
 
@@ -133,28 +140,53 @@ def _pass_on(graph: Any, node: Any) -> None:
 
 
 def _flatten(graph: Any, node: Any) -> None:
-    """Write the sizes that a flattened value has before and after the joined axes."""
+    """Write the sizes that a flattened value has."""
     source, *axes = node.args
-    first, last = (axes[0] if axes else 0), (axes[1] if len(axes) > 1 else -1)
     sizes = source.meta["val"].shape
     if not len(sizes):
+        node.target, node.args, node.kwargs = _aten.reshape.default, (source, [1]), {}
         return
-    before, behind = first % len(sizes), last % len(sizes) + 1
+    first = (axes[0] if axes else 0) % len(sizes)
+    last = (axes[1] if len(axes) > 1 else -1) % len(sizes)
 
-    def size(axis: int) -> Any:
-        if isinstance(sizes[axis], int):
-            return sizes[axis]
+    def insert(target: Any, *args: Any, value: Any) -> Any:
         with graph.inserting_before(node):
-            found = graph.call_function(_aten.sym_size.int, (source, axis))
-        found.meta["val"] = sizes[axis]
+            found = graph.call_function(target, args)
+        found.meta["val"] = value
         return found
 
-    joined = [*map(size, range(before)), -1, *map(size, range(behind, len(sizes)))]
-    node.target, node.args, node.kwargs = _aten.reshape.default, (source, joined), {}
+    def size(axis: int) -> Any:
+        value = sizes[axis]
+        return value if isinstance(value, int) else insert(_aten.sym_size.int, source, axis, value=value)
+
+    # A product, and no -1: of a cache that is still empty nothing could tell what that stands for.
+    joined, value = size(first), sizes[first]
+    for axis in range(first + 1, last + 1):
+        value = value * sizes[axis]
+        joined = value if isinstance(value, int) else insert(operator.mul, joined, size(axis), value=value)
+    written = [*map(size, range(first)), joined, *map(size, range(last + 1, len(sizes)))]
+    node.target, node.args, node.kwargs = _aten.reshape.default, (source, written), {}
+    _reshape(graph, node)
 
 
-def _leave(graph: Any, node: Any) -> None:
-    """A second trace would turn it into a view or a copy, which are written alike."""
+def _reshape(graph: Any, node: Any) -> None:
+    """Write a view of memory that lies in order: in a view a size of 0 is a size, in `reshape` it is the old one."""
+    source, sizes = node.args
+    shape = node.meta["val"].shape
+    known = [
+        int(whole) if one == -1 and isinstance(whole, int) else one
+        for one, whole in zip(sizes, shape, strict=True)
+    ]
+    if any(isinstance(one, int) and one < 0 for one in known):
+        return
+    if not source.meta["val"].is_contiguous():
+        with graph.inserting_before(node):
+            copy = graph.call_function(
+                _aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
+            )
+        copy.meta["val"] = source.meta["val"].contiguous()
+        source = copy
+    node.target, node.args = _aten.view.default, (source, known)
 
 
 def _plain_operator(target: Any) -> _Rewriting:
@@ -195,7 +227,7 @@ _REWRITINGS: Final[dict[Any, _Rewriting]] = {
     _aten.detach.default: _pass_on,
     _aten.detach_.default: _pass_on,
     _aten.lift_fresh_copy.default: _pass_on,
-    _aten.reshape.default: _leave,
+    _aten.reshape.default: _reshape,
     _aten.flatten.using_ints: _flatten,
     _aten.min.other: _plain_operator(_aten.minimum.default),
     _aten.max.other: _plain_operator(_aten.maximum.default),

@@ -228,13 +228,11 @@ class TorchEngine:
     def select(self, state: ArrayState, rows: IntArray) -> ArrayState:
         """Keep, drop, reorder or repeat rows."""
         self._open()
-        rows = np.asarray(rows, np.int64)
-        index = torch.from_numpy(rows).to(self._device)
-        tensors = {
-            one.past.name: state.tensors[one.past.name].index_select(one.batch_axis, index)
-            for one in self._signature.moving(state, rows)
-        }
-        return self._signature.selected(state, rows, tensors)
+
+        def take(value: Tensor, rows: IntArray, axis: int) -> Tensor:
+            return value.index_select(axis, torch.from_numpy(rows).to(self._device))
+
+        return self._signature.select(state, rows, take)
 
     def join(self, states: Sequence[ArrayState]) -> ArrayState:
         """Put the rows of several states into one batch, padding shorter pasts at the left."""

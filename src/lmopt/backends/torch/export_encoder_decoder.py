@@ -42,6 +42,7 @@ from lmopt.backends.torch.tracing import export_encoder, export_program
 from lmopt.contracts import ExportRequest
 from lmopt.errors import UnsupportedError
 from lmopt.signature import ATTENTION_MASK, SOURCE_MASK
+from lmopt.types import TOKENS
 
 ENCODER: Final = "encoder_model.onnx"
 DECODER: Final = "decoder_model.onnx"
@@ -123,11 +124,17 @@ def export_both(
                 inputs = encoder_inputs(model, signature, decoder.source)
                 mask_inside(edits, inputs, ATTENTION_MASK, decoder.source.length or _LONG)
                 RemoveUnusedNodesPass()(model)
-                skip_padding(edits, model.graph.inputs[1])
+                given = zip(model.graph.outputs, signature.from_source, strict=True)
+                hidden = [value for value, one in given if one.past.name.startswith("past_key_values.")]
+                skip_padding(edits, model.graph.inputs[1], hidden)
             join_skips(edits)
             if products == "int8" or (products == "int8-encoder" and file == ENCODER):
                 vocabularies = {signature.vocab_size, decoder.source.size}
                 rewritten += multiply_in_int8(edits, vocabularies, few_rows=file == DECODER)
+        for value in taps.values():
+            if value.shape and value.shape[0] == TOKENS and not (value.name or "").endswith(TOKENS):
+                # While shapes are known: who is shown the value must put its tokens back in rows.
+                value.name = f"{value.name}.{TOKENS}"
         tidy(model, file.partition("_")[0])
         # Last: what merges values may give an output the axes of another.
         if file == ENCODER:

@@ -24,20 +24,21 @@ def promoted_where_needed() -> Iterator[None]:
         from torch.onnx._internal.fx import type_utils
         from torch.onnx._internal.fx.passes import type_promotion
 
-        inserting = getattr(_fx_passes, _NAME)
         rule_of, table = type_promotion.get_type_promotion_rule, type_promotion.TypePromotionTable()
         type_of = type_utils.from_scalar_type_to_torch_dtype
     except (ImportError, AttributeError):
         yield
         return
 
-    def insert(module: Any) -> None:
-        if any(
-            needs_casts(one.graph, lambda node: rule_of(node, table), type_of) for one in module.modules()
-        ):
-            inserting(module)
+    def where_needed(inserting: Callable[[Any], None]) -> Callable[[Any], None]:
+        def insert(module: Any) -> None:
+            graphs = [one.graph for one in module.modules()]
+            if any(needs_casts(one, lambda node: rule_of(node, table), type_of) for one in graphs):
+                inserting(module)
 
-    with replacing(_fx_passes, _NAME, insert):
+        return insert
+
+    with replacing(_fx_passes, _NAME, where_needed):
         yield
 
 

@@ -21,21 +21,32 @@ def known_operators() -> Iterator[None]:
     """
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        reading = ONNXRegistry.__dict__[_NAME]
-    except (ImportError, AttributeError, KeyError):
+    except ImportError:
         yield
         return
-    with replacing(ONNXRegistry, _NAME, _remembering(reading.__func__, ONNXRegistry)):
+
+    def remembering(reading: Any) -> Any:
+        return _remembering(reading.__func__, ONNXRegistry)
+
+    with replacing(ONNXRegistry, _NAME, remembering):
         yield
 
 
 @contextlib.contextmanager
-def replacing(owner: Any, name: str, by: Any) -> Iterator[None]:
-    """Replace something of torch's own while the block runs, in one thread at a time."""
+def replacing(owner: Any, name: str, by: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace something of torch's own while the block runs, in one thread at a time.
+
+    Args:
+        owner: What has it; nothing is replaced where it has it no more.
+        name: Its name there.
+        by: Makes what takes its place, given what is there.
+    """
     with _replacing:
-        before = vars(owner)[name]
-        setattr(owner, name, by)
+        before = vars(owner).get(name)
+        if before is None:
+            yield
+            return
+        setattr(owner, name, by(before))
         try:
             yield
         finally:

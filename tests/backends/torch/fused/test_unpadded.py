@@ -12,15 +12,17 @@ from onnx.reference import ReferenceEvaluator
 import lmopt
 from lmopt.backends.torch.fused.edits import Edits
 from lmopt.backends.torch.fused.unpadded import skip_padding
-from lmopt.signature import TOKENS
 from lmopt.testing.seq2seq import tiny_bart, tiny_whisper
+from lmopt.types import TOKENS
 
 SOURCES = [[5, 6, 7, 8, 9, 10, 11], [40, 41, 42], [3], [9, 8, 7, 6, 5, 4, 3]]
 # `between` stands behind the product that works token by token.
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
 g (float[b,s,4] x, int64[b,s] mask) => (float[b,s,4] out)
-<float[4,4] w = {{1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}}, float[4] bias = {{1,2,3,4}}, float[4,4,3] kernel = {{{kernel}}}>
+<float[4,4] w = {{1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}}, float[4] bias = {{1,2,3,4}}, int64 one = {{1}},
+ float[1,4,4] w3 = {{1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}},
+ float[4,4,3] kernel = {{{kernel}}}>
 {{
   product = MatMul (x, w)
   sum = Add (product, bias)
@@ -57,37 +59,66 @@ def edits_of(between: str) -> Edits:
         CONVOLUTION,
         # Without a mask attention sees padding.
         ATTENTION.replace("(sum, sum, sum, , hidden)", "(sum, sum, sum)"),
-        # A sum along the source, a product with rows of its own, and a norm along another axis.
-        "out = CumSum (sum, axis)".replace("axis", "bias"),
-        "other = Transpose <perm = [0, 2, 1]> (sum)\n out = MatMul (sum, other)",
-        "out = LayerNormalization <axis = 1> (sum, bias)",
+        # Between the product and attention: a sum along the source, a norm along it, a product of rows with rows, one
+        # with a matrix for each row, and a look at the mask of whole rows.
+        ATTENTION.replace("(sum, sum, sum,", "(along, along, along,").replace(
+            "hidden =", "along = CumSum (sum, one)\n hidden ="
+        ),
+        ATTENTION.replace("(sum, sum, sum,", "(along, along, along,").replace(
+            "hidden =", "along = LayerNormalization <axis = 1> (sum, bias)\n hidden ="
+        ),
+        ATTENTION.replace("(sum, sum, sum,", "(among, among, among,").replace(
+            "hidden =",
+            "turned = Transpose <perm = [0, 2, 1]> (sum)\n both = MatMul (sum, turned)\n"
+            "among = MatMul (both, sum)\n hidden =",
+        ),
+        ATTENTION.replace("(sum, sum, sum,", "(each, each, each,").replace(
+            "hidden =", "each = MatMul (sum, w3)\n hidden ="
+        ),
     ],
-    ids=["convolution", "no mask", "along the source", "among tokens", "other axis"],
+    ids=[
+        "convolution",
+        "no mask",
+        "sum along the source",
+        "norm along the source",
+        "among tokens",
+        "a matrix of rows",
+    ],
 )
 def test_what_may_look_at_padding_keeps_it(between: str) -> None:
     edits = edits_of(between)
     before = [(node.op_type, node.inputs) for node in edits.graph]
-    assert skip_padding(edits, edits.graph.inputs[1]) == 0
+    assert skip_padding(edits, edits.graph.inputs[1], edits.graph.outputs) == 0
     assert [(node.op_type, node.inputs) for node in edits.graph] == before
+
+
+def test_an_output_that_somebody_may_sum_keeps_its_padding() -> None:
+    edits = edits_of(ATTENTION)
+    assert skip_padding(edits, edits.graph.inputs[1], []) == 0
 
 
 def test_tokens_are_packed_around_attention_alone() -> None:
     edits = edits_of(ATTENTION)
     first = next(node for node in edits.graph if node.op_type == "MatMul")
-    assert skip_padding(edits, edits.graph.inputs[1]) == 4
+    assert skip_padding(edits, edits.graph.inputs[1], edits.graph.outputs) == 4
     kinds = [node.op_type for node in edits.graph]
     assert first.inputs[0].producer().op_type == "Gather"
     # Two values enter the first part (`x` once), one attention's, and two leave.
     assert kinds.count("Gather") == 4
-    packed = [value.name for node in edits.graph for value in node.outputs if value.name.endswith(TOKENS)]
-    assert packed == [f"{name}{TOKENS}" for name in ("product", "sum", "plus", "again")]
+    shapes = {value.name: value.shape for node in edits.graph for value in node.outputs}
+    assert [name for name, shape in shapes.items() if shape and shape[0] == TOKENS] == [
+        "product",
+        "sum",
+        "plus",
+        "again",
+    ]
 
 
 def test_padding_before_between_and_after_tokens(tmp_path: Path) -> None:
     """The mask may hide any places; what they hold is some token's."""
     edits = edits_of(ATTENTION)
     attention = next(node for node in edits.graph if node.op_type == "MultiHeadAttention")
-    assert skip_padding(edits, edits.graph.inputs[1]) == 4
+    assert skip_padding(edits, edits.graph.inputs[1], edits.graph.outputs) == 4
     # In place of attention, which the evaluator does not know: what does not look at other places.
     plain = edits.node("Identity", [attention.inputs[0]], attention)
     edits.replace(attention.outputs[0], plain.outputs[0])

@@ -48,8 +48,8 @@ def append_inside(edits: Edits) -> None:
 def mask_inside(edits: Edits, inputs: Sequence[TensorSpec], padded: str, longest: int) -> None:
     """Let attention know by an attribute that it looks back only, and by a graph's own input what is padding.
 
-    What a mask says is found by computing it alone, for several sizes, and once for the longest row, where a window
-    would show.
+    What a mask says is found by computing it alone, for several sizes; and that there is no window, of one that looks
+    back by computing it once for the longest row, of padding by its having one line for all queries.
 
     Args:
         edits: The graph of an encoder or a decoder.
@@ -109,6 +109,7 @@ class _Trial:
         Args:
             mask: What is added to the scores, `(batch or 1, 1, new, slots)`.
         """
+        wide = _before_expand(mask)
         behind = _behind(mask)
         leaves = {
             name: [use for use in value.uses() if id(use.node) in behind]
@@ -135,7 +136,15 @@ class _Trial:
             return np.asarray(found, np.float32)
 
         if by_value:
-            return "padding" if all(_is_padding(added, *size) for size in ((2, 0, 1), (3, 2, 3))) else ""
+            # One line for all queries: a window, which only a long source would show, has a line for each.
+            alike = wide.shape is not None and len(wide.shape) == len(_HEADS_FIRST) and wide.shape[2] == 1
+            source = self._specs[self._padded].shape[1]
+            width = source if isinstance(source, int) else _SOME
+            return (
+                "padding"
+                if alike and all(_is_padding(added, *size, width) for size in ((2, 0, 1), (3, 2, 3)))
+                else ""
+            )
         sizes = ((1, 0, 1), (2, 0, 5), (2, 3, 1), (2, 3, 4), (1, self._longest - 1, 1))
         return "causal" if all(_is_causal(added, *size) for size in sizes) else ""
 
@@ -149,8 +158,8 @@ def _is_causal(added: Callable[..., FloatArray], batch: int, past: int, new: int
     return _hides(added(batch, past, new, np.ones((batch, _SOME), np.int64)), seen[None, None])
 
 
-def _is_padding(added: Callable[..., FloatArray], batch: int, past: int, new: int) -> bool:
-    seen = np.random.default_rng(0).integers(0, 2, (batch, _SOME))
+def _is_padding(added: Callable[..., FloatArray], batch: int, past: int, new: int, width: int) -> bool:
+    seen = np.random.default_rng(0).integers(0, 2, (batch, width))
     return _hides(added(batch, past, new, seen), seen[:, None, None])
 
 
@@ -160,6 +169,15 @@ def _hides(added: FloatArray, seen: AnyArray) -> bool:
         return False
     added, seen = np.broadcast_arrays(added, seen)
     return bool((added[seen != 0] == 0).all() and (added[seen == 0] < _HIDDEN).all())
+
+
+def _before_expand(value: ir.Value) -> ir.Value:
+    """Give a value before it was repeated along axes of length 1."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Expand", "Identity") and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
 
 
 def _behind(value: ir.Value) -> set[int]:

@@ -5,13 +5,14 @@ of padding; attention gets them back in rows, where a padded place holds some to
 sources of 10 to 40 tokens computes two thirds of what it would.
 """
 
+from collections.abc import Collection
 from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
 from lmopt.backends.torch.fused.edits import Edits
-from lmopt.signature import TOKENS
+from lmopt.types import TOKENS
 
 _ELEMENTWISE: Final = frozenset(
     {"Add", "Div", "Mul", "Pow", "Sub"}  # of two
@@ -45,12 +46,13 @@ _ROWS: Final = 3
 _MASK: Final = 4
 
 
-def skip_padding(edits: Edits, mask: ir.Value) -> int:
+def skip_padding(edits: Edits, mask: ir.Value, hidden: Collection[ir.Value]) -> int:
     """Take the padding out of all that a graph computes token by token.
 
     Args:
-        edits: The graph of an encoder; changed in place. Names of values that lose their padding end in `TOKENS`.
+        edits: The graph of an encoder; changed in place. Values that lose their padding have the axis `TOKENS`.
         mask: `(batch, source)`, 1 at tokens and 0 at padding.
+        hidden: Outputs of the graph of which nobody reads what stands at padding: keys and values of attention.
 
     Returns:
         How many nodes skip it. 0, and the graph is as before, where there is no product among them, or others than
@@ -58,7 +60,8 @@ def skip_padding(edits: Edits, mask: ir.Value) -> int:
     """
     alone = _token_by_token(edits.graph, mask)
     left = [use for node in alone for value in node.outputs for use in value.uses() if use.node not in alone]
-    if not any(node.op_type in _PRODUCTS for node in alone) or not all(map(_padding_is_hidden, left)):
+    safe = all(_looks_away(node, place, hidden) for node, place in left)
+    if not safe or not any(node.op_type in _PRODUCTS for node in alone):
         return 0
     ranks = {node: rank for rank, node in enumerate(edits.graph)}
     apply = edits.inserting(edits.graph[0])
@@ -89,7 +92,7 @@ def skip_padding(edits: Edits, mask: ir.Value) -> int:
     for value in made:
         outside = [use for use in value.uses() if use.node not in alone]
         rows, size = value.shape, None if value.shape is None else value.shape[-1]
-        value.shape, value.name = ir.Shape([None, size]), f"{value.name}{TOKENS}"
+        value.shape = ir.Shape([TOKENS, size])
         if outside:
             taker = min((use.node for use in outside), key=ranks.__getitem__)
             whole = edits.node("Gather", [value, places], taker, axis=0).outputs[0]
@@ -101,40 +104,42 @@ def skip_padding(edits: Edits, mask: ir.Value) -> int:
 
 def _token_by_token(graph: ir.Graph, mask: ir.Value) -> dict[ir.Node, None]:
     """Find the nodes that read and give values `(batch, source, size)` and mix none of their tokens, in their order."""
+    # torch does not always see that ids and mask are of one batch.
+    batches = [value.shape[0] for value in graph.inputs if value.shape is not None]
     source = None if mask.shape is None else mask.shape[1]
+
+    def is_rows(value: ir.Value) -> bool:
+        shape = value.shape
+        return (
+            shape is not None
+            and len(shape) == _ROWS
+            and shape[0] in batches
+            and shape[1] == source
+            and isinstance(shape[2], int)
+        )
+
     found: dict[ir.Node, None] = {}
     inside: set[ir.Value] = set()
     for node in graph:
         if node.outputs[0].is_graph_output() or not _keeps_apart(node):
             continue
         shown = [value for value in node.inputs if value is not None and value.const_value is None]
-        if shown and all(value in inside or _is_rows(value, source) for value in shown):
+        # What a product gives has no shape in a trace where a bias is added to it.
+        given = [value for value in node.outputs if value.shape is not None]
+        if shown and all(value in inside or is_rows(value) for value in shown) and all(map(is_rows, given)):
             found[node] = None
             inside.update(node.outputs)
     return found
 
 
-def _padding_is_hidden(use: tuple[ir.Node, int]) -> bool:
-    """Say whether a reader of rows looks away from padding, or hands them out for those who do."""
-    node, place = use
+def _looks_away(node: ir.Node, place: int, hidden: Collection[ir.Value]) -> bool:
+    """Say whether a reader of rows does not mind what stands at padding, nor who reads what it makes of them."""
     if node.op_type == "MultiHeadAttention":
         return place < _MASK < len(node.inputs) and node.inputs[_MASK] is not None
     return node.op_type in _MOVING and all(
-        value.is_graph_output() or (bool(value.uses()) and all(map(_padding_is_hidden, value.uses())))
+        (value in hidden or not value.is_graph_output())
+        and all(_looks_away(use.node, use.idx, hidden) for use in value.uses())
         for value in node.outputs
-    )
-
-
-def _is_rows(value: ir.Value, source: int | ir.SymbolicDim | None) -> bool:
-    """Say whether a value is `(batch, source, size)` for sure."""
-    shape = value.shape
-    return (
-        shape is not None
-        and len(shape) == _ROWS
-        and shape[1] == source
-        and not isinstance(shape[0], int)
-        and shape[0] != source
-        and isinstance(shape[2], int)
     )
 
 
@@ -157,5 +162,9 @@ def _keeps_apart(node: ir.Node) -> bool:
             and (kept is None or kept.as_int() == 1)
         )
     if node.op_type in _PRODUCTS:
-        return all(value is None or value.const_value is not None for value in node.inputs[1:])
+        matrix = node.inputs[1]
+        return all(value is None or value.const_value is not None for value in node.inputs[1:]) and (
+            node.op_type == "MatMulNBits"
+            or (matrix is not None and matrix.shape is not None and len(matrix.shape) == len(("in", "out")))
+        )
     return False
