@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from generation_fakes import ByteTokenizer, HashEngine, ScriptEngine
 
-from lmopt.contracts import EngineReport
 from lmopt.errors import (
     ContextLengthError,
     DtypeError,
@@ -16,7 +15,7 @@ from lmopt.errors import (
     TokenizerError,
     UnsupportedOptionError,
 )
-from lmopt.generation import GenerationConfig, beam, generate
+from lmopt.generation import GenerationConfig, generate
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [4]]
 MODES = [
@@ -37,35 +36,6 @@ def test_alone_equals_batch_bit_for_bit(mode, ragged):
     assert generate(HashEngine(ragged=ragged), PROMPTS, config) == alone
     assert generate(HashEngine(ragged=ragged), PROMPTS[::-1], config) == alone[::-1]
     assert len({len(one.token_ids) for row in alone for one in row}) > 1
-
-
-@pytest.mark.parametrize("options", [{}, {"no_repeat_ngram_size": 2}, {"repetition_penalty": 1.3}], ids=repr)
-def test_searches_in_several_threads_find_the_same(options, monkeypatch):
-    config = GenerationConfig(
-        max_new_tokens=12, num_beams=3, num_return_sequences=3, eos_token_id=[3, 30], **options
-    )
-    alone = generate(HashEngine(), PROMPTS, config)
-    monkeypatch.setattr(beam, "_LARGE", 0)
-    seen = set()
-    real = beam._Search.read
-
-    def watched(*given):
-        seen.add(threading.current_thread().name)
-        return real(*given)
-
-    monkeypatch.setattr(beam._Search, "read", watched)
-    engine = HashEngine()
-    report = EngineReport("hash", "cpu", "float32", threads=3)
-    monkeypatch.setattr(type(engine), "report", lambda self: report, raising=False)
-    before = threading.active_count()
-    assert generate(engine, PROMPTS, config) == alone
-    assert "MainThread" not in seen
-    assert threading.active_count() == before
-    # A tokenizer of the caller's is asked by this thread alone.
-    seen.clear()
-    stopping = GenerationConfig(max_new_tokens=12, num_beams=3, stop_strings=["xyz"])
-    generate(engine, PROMPTS, stopping, tokenizer=ByteTokenizer([b"a"] * 50))
-    assert seen == {"MainThread"}
 
 
 def test_seeds_belong_to_rows():

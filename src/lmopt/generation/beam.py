@@ -5,10 +5,8 @@ still be looked at while others go on, but nothing is added to its result any mo
 the batch.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,7 +26,6 @@ from lmopt.generation.stopping import Detokenizer
 from lmopt.types import FloatArray, IntArray
 
 _IMPOSSIBLE: Final = np.float32(-1.0e9)  # transformers' mark for "must not be chosen"
-_LARGE: Final = 1 << 18  # logits that several threads read in less time than one
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,53 +234,20 @@ def beam_search(
     logits, state = engine.forward(input_ids, lengths, state, last_only=True)
     repeats = np.repeat(np.arange(len(active)), beams)
     logits, state = logits[repeats], engine.select(state, repeats)
-    pool = None
-    # Stop strings are looked for with the caller's tokenizer, which may not bear two threads.
-    if (
-        len(active) > 1
-        and logits.size >= _LARGE
-        and not rows[0].stops
-        and (at_once := engine.report().threads) > 1
-    ):
-        pool = ThreadPoolExecutor(at_once)
-    with pool or contextlib.nullcontext():
-        while True:
-            parents = _side_by_side(active, logits[:, -1], companion, pool)
-            interruption.mark(search.row for search in active if not search.done)
-            kept = [n for n, one in enumerate(active) if not one.done and one.row.finish_reason is None]
-            if not kept:
-                return [search.results(tokenizer) for search in searches]
-            active = [active[number] for number in kept]
-            continued = np.concatenate([parents[number] for number in kept])
-            state = engine.select(state, continued)
-            input_ids = np.concatenate([search.tokens[:, search.length - 1] for search in active])[:, None]
-            if companion is not None:
-                companion.follow(continued, input_ids)
-            logits, state = engine.forward(
-                input_ids, np.ones(len(input_ids), np.int64), state, last_only=True
-            )
-
-
-def _side_by_side(
-    searches: list[_Search], logits: FloatArray, companion: Companion | None, pool: ThreadPoolExecutor | None
-) -> list[IntArray]:
-    """Let searches read the logits after their beams, several at once.
-
-    Args:
-        searches: Searches of equally many beams.
-        logits: `(searches * beams, vocab_size)`.
-        companion: The language model that has a say.
-        pool: Threads, of which NumPy makes use; `None` for this one alone.
-
-    Returns:
-        For each search the rows that its new beams continue.
-    """
-    beams = len(logits) // len(searches)
-
-    def read(number: int) -> IntArray:
-        mine = slice(number * beams, (number + 1) * beams)
-        fuse = None if companion is None else functools.partial(companion.add, rows=mine)
-        return number * beams + searches[number].read(logits[mine], fuse)
-
-    numbers = range(len(searches))
-    return list((map if pool is None else pool.map)(read, numbers))
+    while True:
+        parents = []
+        for number, search in enumerate(active):
+            mine = slice(number * beams, (number + 1) * beams)
+            fuse = None if companion is None else functools.partial(companion.add, rows=mine)
+            parents.append(number * beams + search.read(logits[mine, -1], fuse))
+        interruption.mark(search.row for search in active if not search.done)
+        kept = [n for n, one in enumerate(active) if not one.done and one.row.finish_reason is None]
+        if not kept:
+            return [search.results(tokenizer) for search in searches]
+        active = [active[number] for number in kept]
+        continued = np.concatenate([parents[number] for number in kept])
+        state = engine.select(state, continued)
+        input_ids = np.concatenate([search.tokens[:, search.length - 1] for search in active])[:, None]
+        if companion is not None:
+            companion.follow(continued, input_ids)
+        logits, state = engine.forward(input_ids, np.ones(len(input_ids), np.int64), state, last_only=True)
