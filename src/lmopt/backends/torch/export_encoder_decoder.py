@@ -41,8 +41,8 @@ from lmopt.backends.torch.row_products import multiply_in_int8
 from lmopt.backends.torch.tracing import export_encoder, export_program
 from lmopt.contracts import ExportRequest
 from lmopt.errors import UnsupportedError
-from lmopt.signature import ATTENTION_MASK, SOURCE_MASK
-from lmopt.types import TOKENS
+from lmopt.signature import ATTENTION_MASK, SOURCE_MASK, Signature
+from lmopt.types import TOKENS, SourceFacts
 
 ENCODER: Final = "encoder_model.onnx"
 DECODER: Final = "decoder_model.onnx"
@@ -107,26 +107,10 @@ def export_both(
             RemoveUnusedNodesPass()(model)
             edits = Edits(model, taps)
             drop_idle(edits)
-            if file == DECODER:
-                append_inside(edits)
-                mask_inside(edits, inputs_of(signature), SOURCE_MASK, request.facts.context_length or _LONG)
-                RemoveUnusedNodesPass()(model)
-                held = [
-                    value
-                    for value, one in zip(
-                        model.graph.inputs[-len(signature.state) :], signature.state, strict=True
-                    )
-                    if not one.present
-                ]
-                if share_sources(edits, held):
-                    signature = signature.sharing_sources()
-            elif signature.has_source_mask:
-                inputs = encoder_inputs(model, signature, decoder.source)
-                mask_inside(edits, inputs, ATTENTION_MASK, decoder.source.length or _LONG)
-                RemoveUnusedNodesPass()(model)
-                given = zip(model.graph.outputs, signature.from_source, strict=True)
-                hidden = [value for value, one in given if one.past.name.startswith("past_key_values.")]
-                skip_padding(edits, model.graph.inputs[1], hidden)
+            if file == DECODER and _fuse_decoder(edits, signature, request.facts.context_length or _LONG):
+                signature = signature.sharing_sources()
+            elif file == ENCODER and signature.has_source_mask:
+                _fuse_encoder(edits, signature, decoder.source)
             join_skips(edits)
             if products == "int8" or (products == "int8-encoder" and file == ENCODER):
                 vocabularies = {signature.vocab_size, decoder.source.size}
@@ -172,6 +156,27 @@ def export_both(
         **({"products": products, "quantized_products": rewritten} if rewritten else {}),
         **({"activations": bits} if (bits := rounded_bits(request.module)) else {}),
     }
+
+
+def _fuse_encoder(edits: Edits, signature: Signature, source: SourceFacts) -> None:
+    """Let attention of an encoder mask by itself, and what stands between skip padding."""
+    model = edits.model
+    inputs = encoder_inputs(model, signature, source)
+    mask_inside(edits, inputs, ATTENTION_MASK, source.length or _LONG)
+    RemoveUnusedNodesPass()(model)
+    given = zip(model.graph.outputs, signature.from_source, strict=True)
+    hidden = [value for value, one in given if one.past.name.startswith("past_key_values.")]
+    skip_padding(edits, model.graph.inputs[1], hidden)
+
+
+def _fuse_decoder(edits: Edits, signature: Signature, longest: int) -> bool:
+    """Let attention of a decoder append and mask by itself; say whether rows may hold their sources together."""
+    model = edits.model
+    append_inside(edits)
+    mask_inside(edits, inputs_of(signature), SOURCE_MASK, longest)
+    RemoveUnusedNodesPass()(model)
+    state = zip(model.graph.inputs[-len(signature.state) :], signature.state, strict=True)
+    return share_sources(edits, [value for value, one in state if not one.present])
 
 
 def _share_tables(graph: ir.Graph) -> None:
