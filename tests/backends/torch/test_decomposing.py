@@ -70,6 +70,8 @@ PLAIN = {
     "dropout is a result": lambda module, x, y: nn.functional.dropout(x * y, 0.5, training=False),
     "reshapes": lambda module, x, y: x[None].expand(2, -1, -1).flatten(0, 1).reshape(-1) @ y.repeat(2, 1).view(-1),
     "a layout": lambda module, x, y: x.transpose(0, 1).contiguous() @ y,
+    # A whole number beside fractions: the program is computed again, to find casts.
+    "a view of a layout": lambda module, x, y: x.transpose(0, 1).contiguous().view(-1) * 2 + y.t().reshape(-1),
     "nothing flattened": lambda module, x, y: (x[:, :0, None] * y[:, None, :]).flatten(0, 1).flatten(),
     "an empty cache": lambda module, x, y: torch.cat(
         [x[:, :0, None, None].expand(-1, -1, 2, 3).flatten(2), y[:, :, None].expand(-1, -1, 6)], 1

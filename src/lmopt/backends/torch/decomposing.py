@@ -129,7 +129,7 @@ def _cast(graph: Any, node: Any) -> None:
 
 
 def _pass_on(graph: Any, node: Any) -> None:
-    """Of what trains nothing, dropout and copies give what they get."""
+    """Where nothing is trained, dropout and `detach` give what they get."""
     if node.target is _aten.dropout.default and node.args[2] is not False:
         return
     if _is_given(node):
@@ -137,6 +137,19 @@ def _pass_on(graph: Any, node: Any) -> None:
         return
     node.replace_all_uses_with(node.args[0])
     graph.erase_node(node)
+
+
+def _lay_in_order(graph: Any, node: Any) -> None:
+    """`contiguous` is a copy where memory lies in another order: a view behind it, computed again, wants one."""
+    source = node.args[0]
+    if source.meta["val"].is_contiguous():
+        _pass_on(graph, node)
+    else:
+        node.target, node.args, node.kwargs = (
+            _aten.clone.default,
+            (source,),
+            {"memory_format": torch.contiguous_format},
+        )
 
 
 def _flatten(graph: Any, node: Any) -> None:
@@ -223,7 +236,7 @@ _REWRITINGS: Final[dict[Any, _Rewriting]] = {
     _aten.to.device: _cast,
     _aten.to.other: _cast,
     _aten.dropout.default: _pass_on,
-    _aten.contiguous.default: _pass_on,
+    _aten.contiguous.default: _lay_in_order,
     _aten.detach.default: _pass_on,
     _aten.detach_.default: _pass_on,
     _aten.lift_fresh_copy.default: _pass_on,

@@ -42,6 +42,7 @@ _REDUCING: Final = frozenset({"ReduceMax", "ReduceMean", "ReduceSum", "ReduceSum
 _PRODUCTS: Final = frozenset({"MatMul", "FusedMatMul", "MatMulNBits"})
 _MOVING: Final = frozenset({"Reshape", "Transpose"})
 _ROWS: Final = 3
+_MATRIX: Final = 2
 # Query, key and value stand before it.
 _MASK: Final = 4
 
@@ -165,6 +166,6 @@ def _keeps_apart(node: ir.Node) -> bool:
         matrix = node.inputs[1]
         return all(value is None or value.const_value is not None for value in node.inputs[1:]) and (
             node.op_type == "MatMulNBits"
-            or (matrix is not None and matrix.shape is not None and len(matrix.shape) == len(("in", "out")))
+            or (matrix is not None and matrix.shape is not None and len(matrix.shape) == _MATRIX)
         )
     return False
