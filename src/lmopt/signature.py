@@ -145,7 +145,13 @@ class ArrayState:
     sources: IntArray | None = None
 
 
-Take: TypeAlias = Callable[[Any, IntArray, int], Any]
+Taking: TypeAlias = Callable[[IntArray], Callable[[Any, int], Any]]
+"""Given rows, gives what copies these rows of a tensor along an axis."""
+
+
+def _taking(rows: IntArray) -> Callable[[Any, int], Any]:
+    return lambda value, axis: np.take(value, rows, axis)
+
 
 _numbers = itertools.count()
 
@@ -286,7 +292,7 @@ class Signature:
             feeds[POSITION_IDS] = position
         return Step(feeds, mask, state.lengths + new, new, state.padding_side)
 
-    def select(self, state: ArrayState, rows: IntArray, take: Take = np.take) -> ArrayState:
+    def select(self, state: ArrayState, rows: IntArray, taking: Taking = _taking) -> ArrayState:
         """Keep, drop, reorder or repeat rows.
 
         Beams of one source change places all the time, and what they hold of it, most of their state, is left alone.
@@ -294,48 +300,50 @@ class Signature:
         Args:
             state: State before; not changed.
             rows: `(n,)` int64, where the new rows stand in it.
-            take: Copies some rows of a tensor along an axis, as `np.take` does of arrays.
+            taking: How rows of a tensor are copied; of arrays, by `np.take`.
         """
         rows = np.asarray(rows, np.int64)
-        moved = {
-            one.past.name: take(state.tensors[one.past.name], rows, one.batch_axis) for one in self.changing
-        }
+        take = taking(rows)
+        moved = {one.past.name: take(state.tensors[one.past.name], one.batch_axis) for one in self.changing}
         sources = None if state.sources is None else state.sources[rows]
         after = ArrayState(
             state.tensors | moved, state.mask[rows], state.lengths[rows], state.padding_side, sources
         )
         number = self._rows_a_source(state)
         known = None if state.sources is None else state.sources[::number]
-        return self._holding(after, rows // number, known, take)
+        return self._holding(after, rows // number, known, taking)
 
     def _rows_a_source(self, state: ArrayState) -> int:
         """How many rows hold one row of what the state holds of sources."""
         return together(state.sources) if self.shares_sources and state.sources is not None else 1
 
-    def _holding(self, state: ArrayState, places: IntArray, known: IntArray | None, take: Take) -> ArrayState:
+    def _holding(
+        self, state: ArrayState, places: IntArray, known: IntArray | None, taking: Taking
+    ) -> ArrayState:
         """Let a state hold of sources what its rows need.
 
         Args:
             state: Whose tensors still hold what they held before its rows came together.
             places: `(batch,)` int64, where each row's source stands in them.
             known: Numbers of the sources as they stand in them, if there are any.
-            take: As for `select`.
+            taking: As for `select`.
         """
         number = self._rows_a_source(state)
         if known is not None and state.sources is not None and np.array_equal(state.sources[::number], known):
             return state
+        take = taking(places[::number])
         held = {
-            one.past.name: take(state.tensors[one.past.name], places[::number], one.batch_axis)
+            one.past.name: take(state.tensors[one.past.name], one.batch_axis)
             for one in self.state
             if not one.present
         }
         return replace(state, tensors=state.tensors | held)
 
-    def held(self, state: ArrayState, take: Take = np.take) -> dict[str, Any]:
-        """Give what each row holds of its source, by the names of inputs, the mask left out; `take` as for `select`."""
-        rows = np.arange(len(state.lengths)) // self._rows_a_source(state)
+    def held(self, state: ArrayState, taking: Taking = _taking) -> dict[str, Any]:
+        """Give what each row holds of its source but the mask, by the names of inputs; `taking` as for `select`."""
+        take = taking(np.arange(len(state.lengths)) // self._rows_a_source(state))
         return {
-            one.past.name: take(state.tensors[one.past.name], rows, one.batch_axis)
+            one.past.name: take(state.tensors[one.past.name], one.batch_axis)
             for one in self.state
             if not one.present and one.past.name != SOURCE_MASK
         }
@@ -458,14 +466,14 @@ class Signature:
             for one, number in zip(states, numbers, strict=True)
             if one.sources is not None
         ]
-        if len(known) < len(states):
+        if not self.shares_sources or len(known) < len(states):
             return joined
         before = np.cumsum([0, *(one.size for one in known)])
         places = [
             first + np.arange(len(one.lengths)) // number
             for first, one, number in zip(before[:-1], states, numbers, strict=True)
         ]
-        return self._holding(joined, np.concatenate(places), np.concatenate(known), np.take)
+        return self._holding(joined, np.concatenate(places), np.concatenate(known), _taking)
 
 
 def joined_sources(states: Sequence[ArrayState]) -> IntArray | None:

@@ -5,12 +5,11 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from translations import listen, run
 
 from lmopt.backends.torch import decomposing, graph
 from lmopt.testing.models import tiny_gpt, tiny_lstm
@@ -100,22 +99,9 @@ def translated(
     module: nn.Module, arguments: Any, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[Any, list[bool]]:
     """Translate a module; also say for each program whether it was taken apart in place."""
-    said: list[bool] = []
-    real = decomposing.rewritten
-
-    def watched(*given: Any) -> bool:
-        said.append(real(*given))
-        return said[-1]
-
-    monkeypatch.setattr(decomposing, "rewritten", watched)
+    said = listen(monkeypatch, decomposing, "rewritten")
     program = torch.export.export(module.eval(), arguments, strict=False, **options)
     return graph.as_operators(program, arguments, 20), said
-
-
-def run(model: ir.Model, arguments: Any) -> list[np.ndarray]:
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_inputs()]
-    return session.run(None, {name: one.numpy() for name, one in zip(names, arguments, strict=True)})
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,10 @@
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
+from translations import listen, run
 
 from lmopt.backends.torch import graph, promoting
 
@@ -46,24 +45,14 @@ class Function(nn.Module):
 @pytest.mark.parametrize("name", CASES)
 def test_a_program_computes_what_it_did(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, cast = CASES[name]
-    said: list[bool] = []
-    real = promoting.needs_casts
-
-    def watched(*given: Any) -> bool:
-        said.append(real(*given))
-        return said[-1]
-
-    monkeypatch.setattr(promoting, "needs_casts", watched)
+    said = listen(monkeypatch, promoting, "needs_casts")
     torch.manual_seed(0)
     arguments = torch.randn(3, 3), torch.randint(0, 4, (3, 3)), torch.rand(3, 3) > 0.5
     module = Function(function)
     program = torch.export.export(module, arguments, strict=False)
     model = graph.as_operators(program, arguments, 20)
     assert any(said) == cast
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    found = session.run(
-        None, {one.name: value.numpy() for one, value in zip(session.get_inputs(), arguments, strict=True)}
-    )
+    found = run(model, arguments)
     for result, expected in zip(found, module(*arguments), strict=True):
         assert result.dtype == expected.numpy().dtype
         np.testing.assert_allclose(result, expected.numpy(), rtol=1e-3)

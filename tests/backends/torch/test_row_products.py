@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lmopt
+from lmopt.backends.torch import row_products
 from lmopt.backends.torch.row_products import round_blocks, round_columns
 from lmopt.compression import Quantize
 from lmopt.errors import UnsupportedError, UnsupportedOptionError
@@ -84,6 +85,18 @@ def test_products_of_one_value_share_its_rounding(folder: Path) -> None:
     assert len(set(rounded)) == sum(node.op_type == "QuantizeLinear" for node in graph.node)
     # Query, key and value of each layer's own attention; and keys and values of two layers of the decoder.
     assert sorted(rounded.count(one) for one in set(rounded) if rounded.count(one) > 1) == [3, 3, 4]
+
+
+def test_large_matrices_of_a_decoder_keep_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_products, "_SMALL", 0)
+    exporter = lmopt.Exporter("onnx", target="onnxruntime", products="int8")
+    exporter.export(lmopt.Model.from_module(tiny_bart()), tmp_path / "out")
+    graph = onnx.load(str(tmp_path / "out" / "decoder_model.onnx")).graph
+    rounded = [node.input[0] for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(rounded) == 2 * 8 + 1
+    assert len(set(rounded)) == sum(node.op_type == "QuantizeLinear" for node in graph.node)
+    # Query, key and value of each layer's own attention.
+    assert max(rounded.count(one) for one in rounded) == 3
 
 
 def test_rows_do_not_depend_on_their_neighbours(folder: Path) -> None:

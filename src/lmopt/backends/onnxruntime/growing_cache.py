@@ -1,6 +1,6 @@
 """Run graphs whose state comes back longer, or of fixed size: portable ones, and decoders after an encoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -78,7 +78,7 @@ class GrowingCacheEngine:
         """Show what rows hold of their sources."""
         self._graph.session()
         return {
-            name: one.numpy().astype(np.float32) for name, one in self._signature.held(state, _taken).items()
+            name: one.numpy().astype(np.float32) for name, one in self._signature.held(state, _taking).items()
         }
 
     def forward(
@@ -107,7 +107,7 @@ class GrowingCacheEngine:
         rows = np.asarray(rows, np.int64)
         if np.array_equal(rows, np.arange(len(state.lengths))):
             return state
-        return self._signature.select(state, rows, _taken)
+        return self._signature.select(state, rows, _taking)
 
     def join(self, states: Sequence[ArrayState]) -> ArrayState:
         """Put the rows of several states into one batch."""
@@ -169,8 +169,8 @@ class GrowingCacheEngine:
         return shown
 
 
-def _taken(value: "ort.OrtValue", rows: IntArray, axis: int) -> "ort.OrtValue":
-    return _to_ort(np.take(value.numpy(), rows, axis=axis))
+def _taking(rows: IntArray) -> Callable[["ort.OrtValue", int], "ort.OrtValue"]:
+    return lambda value, axis: _to_ort(np.take(value.numpy(), rows, axis=axis))
 
 
 def _to_ort(array: AnyArray) -> "ort.OrtValue":

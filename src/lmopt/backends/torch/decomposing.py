@@ -89,12 +89,9 @@ def _changes_its_own(node: Any) -> bool:
     if node.target not in _IN_PLACE or node.args[0].op != "call_function":
         return False
     changed = node.args[0].meta["val"].dtype
-    for one in node.args[1:]:
-        value = one.meta["val"] if isinstance(one, torch.fx.Node) else None
-        if isinstance(one, torch.fx.Node) and not (
-            isinstance(value, torch.Tensor) and value.dtype == changed
-        ):
-            return False  # the other form might give another type
+    operands = [one.meta["val"] for one in node.args[1:] if isinstance(one, torch.fx.Node)]
+    if not all(isinstance(one, torch.Tensor) and one.dtype == changed for one in operands):
+        return False  # the other form might give another type
     own = [node.args[0], *(one for one in node.args[0].users if one is not node)]
     return all(isinstance(one.target, torch._ops.OpOverload) and not _shows(one.target) for one in own)
 
@@ -110,11 +107,9 @@ def _compute_anew(node: Any) -> None:
     """Write an operator in place as one that is not; who comes after it reads its result."""
     changed = node.args[0]
     node.target = _IN_PLACE[node.target]
-    behind = False
-    for other in node.graph.nodes:
-        if behind:
-            other.replace_input_with(changed, node)
-        behind = behind or other is node
+    nodes = list(node.graph.nodes)
+    for other in nodes[nodes.index(node) + 1 :]:
+        other.replace_input_with(changed, node)
 
 
 def _cast(graph: Any, node: Any) -> None:

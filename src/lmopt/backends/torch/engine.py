@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
@@ -229,10 +229,11 @@ class TorchEngine:
         """Keep, drop, reorder or repeat rows."""
         self._open()
 
-        def take(value: Tensor, rows: IntArray, axis: int) -> Tensor:
-            return value.index_select(axis, torch.from_numpy(rows).to(self._device))
+        def taking(rows: IntArray) -> Callable[[Tensor, int], Tensor]:
+            index = torch.from_numpy(rows).to(self._device)
+            return lambda value, axis: value.index_select(axis, index)
 
-        return self._signature.select(state, rows, take)
+        return self._signature.select(state, rows, taking)
 
     def join(self, states: Sequence[ArrayState]) -> ArrayState:
         """Put the rows of several states into one batch, padding shorter pasts at the left."""

@@ -18,7 +18,7 @@ from lmopt.backends.torch.fused.layout import drop_idle
 from lmopt.backends.torch.fused.operators import MICROSOFT
 from lmopt.backends.torch.fused.shared_sources import share_sources
 from lmopt.backends.torch.fused.skips import join_skips
-from lmopt.backends.torch.fused.unpadded import skip_padding
+from lmopt.backends.torch.fused.unpadded import name_tokens, skip_padding
 from lmopt.backends.torch.graph import (
     encoder_inputs,
     find_taps,
@@ -42,7 +42,7 @@ from lmopt.backends.torch.tracing import export_encoder, export_program
 from lmopt.contracts import ExportRequest
 from lmopt.errors import UnsupportedError
 from lmopt.signature import ATTENTION_MASK, SOURCE_MASK, Signature
-from lmopt.types import TOKENS, SourceFacts
+from lmopt.types import SourceFacts
 
 ENCODER: Final = "encoder_model.onnx"
 DECODER: Final = "decoder_model.onnx"
@@ -115,10 +115,7 @@ def export_both(
             if products == "int8" or (products == "int8-encoder" and file == ENCODER):
                 vocabularies = {signature.vocab_size, decoder.source.size}
                 rewritten += multiply_in_int8(edits, vocabularies, few_rows=file == DECODER)
-        for value in taps.values():
-            if value.shape and value.shape[0] == TOKENS and not (value.name or "").endswith(TOKENS):
-                # While shapes are known: who is shown the value must put its tokens back in rows.
-                value.name = f"{value.name}.{TOKENS}"
+            name_tokens(edits)
         tidy(model, file.partition("_")[0])
         # Last: what merges values may give an output the axes of another.
         if file == ENCODER:

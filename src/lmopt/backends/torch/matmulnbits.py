@@ -56,14 +56,20 @@ class Kernel:
     zero_points: Codes | None = None
 
 
+def largest_block(columns: int) -> int:
+    """Largest block of the operator that divides so many columns, 0 where none does."""
+    block = min(columns & -columns, _LARGEST_BLOCK)
+    return block if block >= _SMALLEST_BLOCK else 0
+
+
 def block_size(grid: Grid) -> int:
     """Largest block of the operator that divides a group.
 
     Raises:
         UnsupportedError: There is none.
     """
-    block = min(grid.group_size & -grid.group_size, _LARGEST_BLOCK)
-    if block < _SMALLEST_BLOCK:
+    block = largest_block(grid.group_size)
+    if not block:
         raise UnsupportedError(
             f"groups of {grid.group_size} columns do not divide into the blocks of ONNX Runtime's MatMulNBits: "
             "16, 32, 64, 128 or 256 columns. Use such a group_size, or target='portable'."

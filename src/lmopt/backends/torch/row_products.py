@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from lmopt.backends.torch.fused.edits import Edits
 from lmopt.backends.torch.fused.operators import MICROSOFT
-from lmopt.backends.torch.matmulnbits import INT8_ACTIVATIONS
+from lmopt.backends.torch.matmulnbits import INT8_ACTIVATIONS, largest_block
 from lmopt.types import AnyArray, FloatArray
 
 _MOST: Final = 127
@@ -53,7 +53,7 @@ def multiply_in_int8(edits: Edits, vocabularies: Collection[int], *, few_rows: b
         if matrix is None:
             continue
         count += 1
-        if few_rows and matrix.size <= _SMALL and (block := _block(len(matrix))):
+        if few_rows and matrix.size <= _SMALL and (block := largest_block(len(matrix))):
             _multiply_in_blocks(edits, node, matrix, block)
             continue
         activation, weight = node.inputs[:2]
@@ -89,8 +89,7 @@ def multiply_in_int8(edits: Edits, vocabularies: Collection[int], *, few_rows: b
 
 def round_columns(matrix: FloatArray) -> tuple[AnyArray, FloatArray]:
     """Round a matrix `(inputs, outputs)` to 8 bits: int8 codes and `(outputs,)` float32 scales."""
-    scales = np.abs(matrix).max(axis=0) / np.float32(_MOST)
-    scales = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    scales = _scales(matrix, 0)
     return np.rint(matrix / scales).astype(np.int8), scales
 
 
@@ -101,14 +100,14 @@ def round_blocks(matrix: FloatArray, block: int) -> tuple[AnyArray, FloatArray]:
         uint8 codes `(outputs, blocks, block)`, whose zero is 128, and float32 scales `(outputs, blocks)`.
     """
     blocks = np.ascontiguousarray(matrix.T).reshape(matrix.shape[1], -1, block)
-    scales = np.abs(blocks).max(axis=2) / np.float32(_MOST)
-    scales = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    scales = _scales(blocks, 2)
     return (np.rint(blocks / scales[..., None]) + _MIDDLE).astype(np.uint8), scales
 
 
-def _block(inputs: int) -> int:
-    """Largest block of `MatMulNBits` that divides a row, 0 where none does."""
-    return next((block for block in (256, 128, 64, 32, 16) if inputs % block == 0), 0)
+def _scales(values: FloatArray, axis: int) -> FloatArray:
+    """Give the steps that hold values along an axis in 8 bits; of zeros, any."""
+    scales = np.abs(values).max(axis=axis) / np.float32(_MOST)
+    return np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
 
 
 def _multiply_in_blocks(edits: Edits, node: ir.Node, matrix: FloatArray, block: int) -> None:

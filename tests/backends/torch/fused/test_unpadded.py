@@ -114,7 +114,7 @@ def test_tokens_are_packed_around_attention_alone() -> None:
     ]
 
 
-def test_padding_before_between_and_after_tokens(tmp_path: Path) -> None:
+def test_padding_before_between_and_after_tokens() -> None:
     """The mask may hide any places; what they hold is some token's."""
     edits = edits_of(ATTENTION)
     attention = next(node for node in edits.graph if node.op_type == "MultiHeadAttention")

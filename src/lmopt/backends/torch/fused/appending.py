@@ -13,11 +13,9 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from lmopt.backends.torch.fused.edits import Edits
-from lmopt.backends.torch.fused.operators import MICROSOFT
+from lmopt.backends.torch.fused.operators import BIAS, CACHE, KEY, MICROSOFT, MULTI_HEAD, PADDING, VALUE
 from lmopt.types import BATCH, PAST, SEQUENCE, SOURCE, TOTAL, AnyArray, FloatArray, TensorSpec
 
-_OPERATOR: Final = "MultiHeadAttention"
-_KEY, _VALUE, _PADDING, _BIAS, _PAST = 1, 2, 4, 5, 6
 _HEADS_FIRST: Final = [0, 2, 1, 3]
 _SLOTS: Final = (2, -2)
 _SOME: Final = 7
@@ -28,16 +26,16 @@ _LOWEST: Final = float(np.finfo(np.float32).min)
 
 def append_inside(edits: Edits) -> None:
     """Hand attention the past and the new keys and values apart, where the graph appends one to the other."""
-    for node in [one for one in edits.graph if one.op_type == _OPERATOR]:
-        found = [_appended(node.inputs[place]) for place in (_KEY, _VALUE)]
+    for node in [one for one in edits.graph if one.op_type == MULTI_HEAD]:
+        found = [_appended(node.inputs[place]) for place in (KEY, VALUE)]
         if None in found:
             continue
         (past_key, key), (past_value, value) = [one for one in found if one is not None]
-        inputs = [*node.inputs, *[None] * (_BIAS + 1 - len(node.inputs))]
-        whole = inputs[_KEY], inputs[_VALUE]
-        inputs[_KEY], inputs[_VALUE] = key, value
+        inputs = [*node.inputs, *[None] * (BIAS + 1 - len(node.inputs))]
+        whole = inputs[KEY], inputs[VALUE]
+        inputs[KEY], inputs[VALUE] = key, value
         joined = edits.node(
-            _OPERATOR, [*inputs, past_key, past_value], node, domain=MICROSOFT, outputs=3, like=node
+            MULTI_HEAD, [*inputs, past_key, past_value], node, domain=MICROSOFT, outputs=3, like=node
         )
         for old, new in zip((node.outputs[0], *whole), joined.outputs, strict=True):
             assert old is not None
@@ -60,14 +58,14 @@ def mask_inside(edits: Edits, inputs: Sequence[TensorSpec], padded: str, longest
     trial = _Trial(edits, inputs, padded, longest)
     known: dict[int, str] = {}
     padding: ir.Value | None = None
-    for node in [one for one in edits.graph if one.op_type == _OPERATOR]:
-        mask = node.inputs[_BIAS] if len(node.inputs) > _BIAS else None
+    for node in [one for one in edits.graph if one.op_type == MULTI_HEAD]:
+        mask = node.inputs[BIAS] if len(node.inputs) > BIAS else None
         if mask is None:
             continue
         if id(mask) not in known:
             known[id(mask)] = trial.meaning(mask)
         # Only of keys that it has appended itself does the operator know which came before the queries.
-        appends = len(node.inputs) > _PAST and node.inputs[_PAST] is not None
+        appends = len(node.inputs) > CACHE and node.inputs[CACHE] is not None
         if known[id(mask)] == "causal" and appends:
             node.attributes["unidirectional"] = ir.AttrInt64("unidirectional", 1)
         elif known[id(mask)] == "padding" and not appends:
@@ -75,11 +73,11 @@ def mask_inside(edits: Edits, inputs: Sequence[TensorSpec], padded: str, longest
                 padding = edits.node(
                     "Cast", [trial.inputs[padded]], edits.graph[0], to=int(ir.DataType.INT32)
                 ).outputs[0]
-            node.replace_input_with(_PADDING, padding)
+            node.replace_input_with(PADDING, padding)
             node.attributes["mask_filter_value"] = ir.AttrFloat32("mask_filter_value", _LOWEST)
         else:
             continue
-        node.replace_input_with(_BIAS, None)
+        node.replace_input_with(BIAS, None)
 
 
 class _Trial:

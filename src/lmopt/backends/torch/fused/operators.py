@@ -17,6 +17,9 @@ MICROSOFT: Final = "com.microsoft"
 LINEAR: Final = "lmopt::Linear"
 COLUMNS: Final = "lmopt::Columns"
 LAST_TOKENS: Final = "lmopt::LastTokens"
+# Attention of encoder-decoders, and where its inputs stand; its query is the first.
+MULTI_HEAD: Final = "MultiHeadAttention"
+KEY, VALUE, PADDING, BIAS, CACHE = 1, 2, 4, 5, 6
 
 # transformers' activations by the operator that computes them; alpha 1 makes QuickGelu a SiLU.
 ACTIVATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {

@@ -11,10 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from lmopt.backends.torch.fused.edits import Edits
-from lmopt.backends.torch.fused.operators import MICROSOFT
+from lmopt.backends.torch.fused.operators import BIAS, KEY, MICROSOFT, MULTI_HEAD, PADDING, VALUE
 
-_OPERATOR: Final = "MultiHeadAttention"
-_KEY, _VALUE, _PADDING, _BIAS = 1, 2, 4, 5
+_ROWS: Final = 3
 
 
 def share_sources(edits: Edits, held: Sequence[ir.Value]) -> bool:
@@ -33,7 +32,7 @@ def share_sources(edits: Edits, held: Sequence[ir.Value]) -> bool:
     asking = {node for node, _ in uses}
     readers = [node for node in edits.graph if node in asking]
     apply = edits.inserting(readers[0])
-    query, key = readers[0].inputs[0], readers[0].inputs[_KEY]
+    query, key = readers[0].inputs[0], readers[0].inputs[KEY]
     assert query is not None
     assert key is not None
     rows, sources = apply("Shape", query), apply("Shape", key, start=0, end=1)
@@ -44,7 +43,7 @@ def share_sources(edits: Edits, held: Sequence[ir.Value]) -> bool:
         apply = edits.inserting(node)
         width = edits.constant(np.array([-1, query.shape[2]], np.int64), "queries")
         by_source = apply("Reshape", query, apply("Concat", sources, width, axis=0))
-        seen = edits.node(_OPERATOR, [by_source, *node.inputs[1:]], node, domain=MICROSOFT, like=node)
+        seen = edits.node(MULTI_HEAD, [by_source, *node.inputs[1:]], node, domain=MICROSOFT, like=node)
         edits.replace(node.outputs[0], apply("Reshape", seen.outputs[0], rows))
         edits.graph.remove(node, safe=True)
     return True
@@ -61,15 +60,15 @@ def _uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
 
 def _is_attention(node: ir.Node, place: int, held: Sequence[ir.Value]) -> bool:
     """Say whether a reader is attention to a source, with nothing in it that belongs to single rows."""
-    inputs = [*node.inputs, *[None] * (_BIAS + 1)]
+    inputs = [*node.inputs, *[None] * (BIAS + 1)]
     query = inputs[0]
     return (
-        node.op_type == _OPERATOR
-        and place in (_KEY, _VALUE, _PADDING)
-        and all(inputs[one] in held for one in (_KEY, _VALUE))
-        and not any(value is not None for value in inputs[_BIAS:])
+        node.op_type == MULTI_HEAD
+        and place in (KEY, VALUE, PADDING)
+        and all(inputs[one] in held for one in (KEY, VALUE))
+        and not any(value is not None for value in inputs[BIAS:])
         and query is not None
         and query.shape is not None
-        and len(query.shape) == len(("batch", "new", "size"))
+        and len(query.shape) == _ROWS
         and isinstance(query.shape[2], int)
     )

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lmopt.backends.torch.fused.edits import Edits
+from lmopt.backends.torch.fused.operators import MULTI_HEAD, PADDING, VALUE
 from lmopt.types import TOKENS
 
 _ELEMENTWISE: Final = frozenset(
@@ -43,8 +44,6 @@ _PRODUCTS: Final = frozenset({"MatMul", "FusedMatMul", "MatMulNBits"})
 _MOVING: Final = frozenset({"Reshape", "Transpose"})
 _ROWS: Final = 3
 _MATRIX: Final = 2
-# Query, key and value stand before it.
-_MASK: Final = 4
 
 
 def skip_padding(edits: Edits, mask: ir.Value, hidden: Collection[ir.Value]) -> int:
@@ -69,10 +68,9 @@ def skip_padding(edits: Edits, mask: ir.Value, hidden: Collection[ir.Value]) -> 
     flat = edits.constant(np.array([-1], np.int64), "flat")
     ones = apply("Cast", apply("Reshape", mask, flat), to=int(ir.DataType.INT64))
     tokens = apply("Squeeze", apply("NonZero", ones), edits.constant(np.array([0], np.int64), "first"))
-    before = apply("CumSum", ones, edits.constant(np.array(0, np.int64), "along"))
+    zero, one = (edits.constant(np.array(number, np.int64), "number") for number in (0, 1))
     # Padding takes the token before it; what stands before the first token takes that.
-    nearest = apply("Max", apply("Sub", before, edits.constant(np.array(1, np.int64), "one")),
-                    edits.constant(np.array(0, np.int64), "along"))  # fmt: skip
+    nearest = apply("Max", apply("Sub", apply("CumSum", ones, zero), one), zero)
     places = apply("Reshape", nearest, apply("Shape", mask))
     packed: dict[ir.Value, ir.Value] = {}
     made = [value for node in alone for value in node.outputs]
@@ -101,6 +99,13 @@ def skip_padding(edits: Edits, mask: ir.Value, hidden: Collection[ir.Value]) -> 
             for use in outside:
                 use.node.replace_input_with(use.idx, whole)
     return len(alone)
+
+
+def name_tokens(edits: Edits) -> None:
+    """Let names of values that show modules end in `TOKENS` where they have that axis: files keep no shapes inside."""
+    for value in dict.fromkeys(edits.taps.values()):
+        if value.shape and value.shape[0] == TOKENS:
+            value.name = f"{value.name}.{TOKENS}"
 
 
 def _token_by_token(graph: ir.Graph, mask: ir.Value) -> dict[ir.Node, None]:
@@ -135,8 +140,8 @@ def _token_by_token(graph: ir.Graph, mask: ir.Value) -> dict[ir.Node, None]:
 
 def _looks_away(node: ir.Node, place: int, hidden: Collection[ir.Value]) -> bool:
     """Say whether a reader of rows does not mind what stands at padding, nor who reads what it makes of them."""
-    if node.op_type == "MultiHeadAttention":
-        return place < _MASK < len(node.inputs) and node.inputs[_MASK] is not None
+    if node.op_type == MULTI_HEAD:
+        return place <= VALUE and len(node.inputs) > PADDING and node.inputs[PADDING] is not None
     return node.op_type in _MOVING and all(
         (value in hidden or not value.is_graph_output())
         and all(_looks_away(use.node, use.idx, hidden) for use in value.uses())
