@@ -459,21 +459,17 @@ class Signature:
             tensors[one.past.name] = np.concatenate(parts, axis=one.batch_axis)
         mask = np.concatenate([_pad_left(one.mask, 1, pad) for one, pad in zip(states, pads, strict=True)])
         lengths = np.concatenate([one.lengths for one in states])
-        joined = ArrayState(tensors, mask, lengths, states[0].padding_side, joined_sources(states))
-        numbers = [self._rows_a_source(one) for one in states]
-        known = [
-            one.sources[::number]
-            for one, number in zip(states, numbers, strict=True)
-            if one.sources is not None
-        ]
-        if not self.shares_sources or len(known) < len(states):
+        sources = joined_sources(states)
+        joined = ArrayState(tensors, mask, lengths, states[0].padding_side, sources)
+        if sources is None or not self.shares_sources:
             return joined
-        before = np.cumsum([0, *(one.size for one in known)])
-        places = [
-            first + np.arange(len(one.lengths)) // number
-            for first, one, number in zip(before[:-1], states, numbers, strict=True)
-        ]
-        return self._holding(joined, np.concatenate(places), np.concatenate(known), _taking)
+        standing, stored = [], 0
+        for state in states:
+            number = self._rows_a_source(state)
+            standing.append(stored + np.arange(len(state.lengths)) // number)
+            stored += len(state.lengths) // number
+        places = np.concatenate(standing)
+        return self._holding(joined, places, sources[np.unique(places, return_index=True)[1]], _taking)
 
 
 def joined_sources(states: Sequence[ArrayState]) -> IntArray | None:
